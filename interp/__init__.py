@@ -1,0 +1,1 @@
+"""Undertow: attention sinks, special heads and information flow, found and proven causally."""

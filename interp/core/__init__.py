@@ -1,0 +1,38 @@
+"""Types that every other part speaks: prompts, sites, heads, interventions, results, claims."""
+
+from interp.core.claim import Claim
+from interp.core.errors import (
+    ClaimError,
+    ModelNotFound,
+    ModelRefused,
+    NumericalError,
+    OutOfRange,
+    ProcessorMissing,
+    PromptError,
+    ResultCorrupted,
+    SegmentNotFound,
+    SiteRefused,
+    UndertowError,
+)
+from interp.core.head import Head
+from interp.core.intervention import (
+    Intervention,
+    ablate,
+    block,
+    edit,
+    patch,
+    redistribute,
+    scale,
+)
+from interp.core.prompt import Prompt
+from interp.core.result import Result
+from interp.core.scores import HeadScores
+from interp.core.segment import Segment
+from interp.core.site import Site
+
+__all__ = [
+    "Claim", "ClaimError", "Head", "HeadScores", "Intervention", "ModelNotFound", "ModelRefused",
+    "NumericalError", "OutOfRange", "ProcessorMissing", "Prompt", "PromptError", "Result",
+    "ResultCorrupted", "Segment", "SegmentNotFound", "Site", "SiteRefused", "UndertowError",
+    "ablate", "block", "edit", "patch", "redistribute", "scale",
+]

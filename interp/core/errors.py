@@ -1,0 +1,58 @@
+"""Errors that users meet, each one sentence: what was wrong, where, what to do.
+
+Every class also derives from the built-in error a Python user would catch, so that
+`except ValueError` keeps working in code that has never heard of this package.
+"""
+
+
+class UndertowError(Exception):
+    """Any error raised on purpose by `interp` or `probes`.
+
+    Example:
+        >>> issubclass(SiteRefused, UndertowError)
+        True
+    """
+
+    def __str__(self) -> str:
+        # KeyError shows the repr of its argument; a sentence should stay a sentence.
+        return str(self.args[0]) if self.args else ""
+
+
+class ModelNotFound(UndertowError, FileNotFoundError):
+    """The name is neither a bundled model, nor a folder, nor reachable on the hub."""
+
+
+class ModelRefused(UndertowError, ValueError):
+    """The model was found but cannot be used, with the reason and the way out."""
+
+
+class ProcessorMissing(UndertowError, ValueError):
+    """Images were given, but no processor that turns them into tokens is at hand."""
+
+
+class PromptError(UndertowError, ValueError):
+    """A prompt that cannot be run: empty, too long, images for a text model."""
+
+
+class SegmentNotFound(UndertowError, KeyError):
+    """A named segment that the prompt does not have; the message lists those it has."""
+
+
+class SiteRefused(UndertowError, ValueError):
+    """A site that this lane cannot read or write for this model, with the lane that can."""
+
+
+class OutOfRange(UndertowError, IndexError):
+    """A layer, head or position outside the model or prompt."""
+
+
+class NumericalError(UndertowError, ArithmeticError):
+    """NaN or infinity where a number is needed."""
+
+
+class ResultCorrupted(UndertowError, ValueError):
+    """A result folder that is incomplete, or was altered after it was written."""
+
+
+class ClaimError(UndertowError, ValueError):
+    """A claim that states more than its evidence allows, or lacks what a verdict needs."""

@@ -1,0 +1,149 @@
+"""A prompt: token ids, named segments, and whatever the model needs beside the ids."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Optional, Union
+
+import numpy as np
+import xxhash
+
+from interp.core.errors import OutOfRange, PromptError, SegmentNotFound
+from interp.core.segment import Segment
+
+Where = Union[str, int, slice, Segment, Sequence[int]]
+"""Positions named by a segment, a kind, "all", "last", "image", a number, a slice or numbers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """Tokens to run, with the places that matter in them.
+
+    `inputs` holds the further arrays a model takes (`pixel_values`, `image_grid_thw`, ...), each
+    with its batch axis. `text` and `tokens` are for people: the source and a printable token per
+    position.
+
+    Example:
+        >>> prompt = Prompt.from_tokens([7, 8, 9, 4], segments={"needle": (1, 3)})
+        >>> len(prompt), prompt.positions("needle"), prompt.positions("last")
+        (4, (1, 2), (3,))
+    """
+
+    ids: tuple[int, ...]
+    segments: tuple[Segment, ...] = ()
+    text: str = ""
+    tokens: tuple[str, ...] = field(default=(), repr=False)
+    inputs: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    images: tuple[Any, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.ids:
+            raise PromptError("the prompt is empty: give at least one token.")
+        names = [segment.name for segment in self.segments]
+        for name in names:
+            if names.count(name) > 1:
+                raise PromptError(f"two segments are both named {name!r}; names must differ.")
+        for segment in self.segments:
+            if segment.stop > len(self.ids):
+                raise OutOfRange(
+                    f"segment {segment.name!r} reaches position {segment.stop - 1}, but the "
+                    f"prompt has {len(self.ids)} tokens."
+                )
+
+    @classmethod
+    def from_tokens(
+        cls,
+        ids: Any,
+        segments: Optional[Mapping[str, Any]] = None,
+        tokens: Sequence[str] = (),
+    ) -> "Prompt":
+        """A prompt from token ids; segments as name -> (start, stop), positions or `Segment`.
+
+        A pair (start, stop) is a span, as in a slice; any other sequence lists positions (write
+        a set of exactly two positions as a list).
+
+        Raises `PromptError` for no ids, `OutOfRange` for a segment beyond the end.
+        """
+        numbers = tuple(int(i) for i in np.asarray(ids).reshape(-1))
+        found = []
+        for name, where in (segments or {}).items():
+            kind = "text"
+            if isinstance(where, Segment):
+                found.append(replace(where, name=name))
+                continue
+            if name.split("_")[0].split(" ")[0] in {
+                "bos", "system", "user", "image", "question", "role", "needle", "generated",
+            }:
+                kind = name.split("_")[0].split(" ")[0]
+            if isinstance(where, slice):
+                where = tuple(range(*where.indices(len(numbers))))
+                found.append(Segment(name, where, kind))
+            elif isinstance(where, tuple) and len(where) == 2:
+                found.append(Segment.span(name, int(where[0]), int(where[1]), kind))
+            else:
+                found.append(Segment(name, tuple(int(i) for i in np.atleast_1d(where)), kind))
+        return cls(numbers, tuple(found), tokens=tuple(tokens))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def segment(self, name: str) -> Segment:
+        """The segment of this name. Raises `SegmentNotFound`, which lists the names there are."""
+        for segment in self.segments:
+            if segment.name == name:
+                return segment
+        have = ", ".join(repr(s.name) for s in self.segments) or "none"
+        raise SegmentNotFound(f"the prompt has no segment {name!r}; it has: {have}.")
+
+    def of_kind(self, kind: str) -> tuple[Segment, ...]:
+        """Every segment of this kind, in order; empty if there is none."""
+        return tuple(segment for segment in self.segments if segment.kind == kind)
+
+    def positions(self, where: Where) -> tuple[int, ...]:
+        """Sorted positions of a segment name, kind, "all", "last", number, slice or numbers.
+
+        Negative numbers count from the end. Raises `SegmentNotFound` or `OutOfRange`.
+
+        Example:
+            >>> Prompt.from_tokens([1, 2, 3]).positions([-1, 0])
+            (0, 2)
+        """
+        n = len(self.ids)
+        if isinstance(where, Segment):
+            return tuple(sorted(where.positions))
+        if isinstance(where, str):
+            named = [s for s in self.segments if s.name == where]
+            named = named or list(self.of_kind(where))
+            if named:
+                return tuple(sorted({p for s in named for p in s.positions}))
+            if where == "all":
+                return tuple(range(n))
+            if where == "last":
+                return (n - 1,)
+            self.segment(where)
+        if isinstance(where, slice):
+            return tuple(range(*where.indices(n)))
+        numbers = [where] if isinstance(where, (int, np.integer)) else list(where)  # type: ignore
+        for number in numbers:
+            if not -n <= int(number) < n:
+                raise OutOfRange(
+                    f"position {number} does not exist: the prompt has {n} tokens, "
+                    f"0 to {n - 1}."
+                )
+        return tuple(sorted({int(number) % n for number in numbers}))
+
+    def with_segments(self, **segments: Any) -> "Prompt":
+        """A copy with further segments, given as in `from_tokens`; same names are replaced."""
+        new = Prompt.from_tokens(self.ids, segments).segments
+        kept = tuple(s for s in self.segments if s.name not in segments)
+        return replace(self, segments=kept + new)
+
+    def digest(self) -> str:
+        """A short content key of ids, segments and further inputs, equal for equal prompts."""
+        key = xxhash.xxh3_128()
+        key.update(np.asarray(self.ids, dtype=np.int64).tobytes())
+        for segment in sorted(self.segments, key=lambda s: s.name):
+            key.update(f"{segment.name}|{segment.kind}|{segment.positions}".encode())
+        for name in sorted(self.inputs):
+            value = np.ascontiguousarray(np.asarray(self.inputs[name]))
+            key.update(f"{name}|{value.dtype}|{value.shape}".encode() + value.tobytes())
+        return key.hexdigest()
