@@ -1,0 +1,375 @@
+"""The plain transformers model, with a registered attention function and hooks on its modules."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from interp.core.errors import ModelRefused, SiteRefused
+from interp.core.prompt import Prompt
+from interp.core.site import HEADED, PAIRS, Site
+from interp.models import attention as attend
+from interp.models.edits import Edits, Pass, Shape
+from interp.models.run import Reads
+from interp.models.sites import Block, find_blocks, first_tensor, hidden_input, locate
+
+RESIDUAL_STATS = ("norm", "top_dimensions", "cosine")
+
+
+class LaneHF:
+    """Runs prompts through the transformers model itself; exact at any length.
+
+    Reads are taken after writes: a site is read as the rest of the model sees it.
+    """
+
+    name = "hf"
+
+    def __init__(self, hf: nn.Module) -> None:
+        self.hf = hf
+        self.device = next(hf.parameters()).device
+        self.configs = _text_configs(hf)
+        self.blocks = self._find()
+        self.attentions = {block.attention: block.index for block in self.blocks}
+        self.shape = shape_of(self.blocks, hf)
+        self.sink_kind = sink_kind(self.blocks)
+        self._mlps: dict[int, Callable[[Tensor], Tensor]] = {}
+
+    def _find(self) -> list[Block]:
+        """Blocks and sites, from two short forward passes."""
+        ids = probe_ids(self.hf, 6)
+        found: list[nn.Module] = []
+        with attend.implementation(self.configs), attend.callers(found), torch.no_grad():
+            self.hf(input_ids=ids, use_cache=False)
+            if not found:
+                raise ModelRefused(
+                    f"{type(self.hf).__name__} never calls a registered attention function "
+                    "(its modeling code has attention of its own); open it with lane='bridge' or "
+                    "lane='nnsight'."
+                )
+        blocks = find_blocks(self.hf, found)
+        with attend.implementation(self.configs):
+            locate(blocks, lambda: self.hf(input_ids=ids, use_cache=False))
+        return blocks
+
+    def unavailable(self, name: str) -> Optional[str]:
+        """Why a site cannot be reached in this architecture, None if it can."""
+        if name in HEADED + PAIRS:
+            return None
+        missing = [block for block in self.blocks if block.port(name) is None]
+        if not missing:
+            return None
+        block = missing[0]
+        if name == "resid_mid" and block.kind == "parallel":
+            return "attention and MLP run in parallel here, so nothing lies between them"
+        return f"no module of block {block.index} holds it"
+
+    def mlp(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """The function from `mlp_in` to `mlp_out` of a block, checked on a short pass."""
+        if layer in self._mlps:
+            return self._mlps[layer]
+        block = self.blocks[layer]
+        made = _mlp_function(block)
+        if made is not None and block.mlp_in is not None and block.mlp_out is not None:
+            prompt = Prompt.from_tokens(probe_ids(self.hf, 6)[0].tolist())
+            sites = [Site.parse(f"{name}.{layer}") for name in ("mlp_in", "mlp_out")]
+            reads = Reads(sites, len(self.blocks), 1)
+            nothing = Edits(prompt, (), self.shape)
+            self.run([prompt], [nothing], reads, lambda *_: [], lambda *_: [], [0])
+            given, expected = (torch.tensor(a.values[0, 0]) for a in reads.finish().values())
+            dtype = next(self.hf.parameters()).dtype
+            with torch.no_grad():
+                found = made(given.to(self.device, dtype)).float().cpu()
+            if torch.allclose(found, expected, rtol=2e-2, atol=1e-3 * float(expected.abs().max())):
+                self._mlps[layer] = made
+                return made
+        raise SiteRefused(
+            f"the MLP of layer {layer} of {type(self.hf).__name__} is not one function of "
+            "'mlp_in'; read 'mlp_in' and 'mlp_out' instead."
+        )
+
+    def run(
+        self,
+        prompts: Sequence[Prompt],
+        edits: Sequence[Edits],
+        reads: Reads,
+        reducers: Callable[[int, int], list],
+        residual_reducers: Callable[[int, int], list],
+        numbers: Sequence[int],
+        new_tokens: int = 0,
+        logits: str = "all",
+    ) -> tuple[list[Optional[Tensor]], list[list[int]]]:
+        """One batch of prompts of equal length, then `new_tokens` greedy steps.
+
+        `numbers` says which prompts of the whole run these are.
+        """
+        ids = torch.tensor([prompt.ids for prompt in prompts], device=self.device)
+        inputs = self._inputs(prompts)
+        rows: list[list[Tensor]] = [[] for _ in prompts]
+        made: list[list[int]] = [[] for _ in prompts]
+        cache: Any = None
+        now = Pass(0, ids.shape[1])
+        with attend.implementation(self.configs):
+            for step in range(new_tokens + 1):
+                out = self._forward(ids, inputs, now, edits, reads, reducers,
+                                    residual_reducers, numbers, cache, new_tokens > 0, logits)
+                scores = getattr(out, "logits", None)
+                if scores is None:
+                    if new_tokens:
+                        raise ModelRefused(
+                            f"{type(self.hf).__name__} has no vocabulary head, so it cannot "
+                            "generate; run it with new_tokens=0."
+                        )
+                    break
+                if logits != "none":
+                    for row, one in zip(rows, scores):
+                        row.append(one.detach().float().cpu())
+                if step == new_tokens:
+                    break
+                cache = out.past_key_values
+                following = scores[:, -1].argmax(-1)
+                for one, token in zip(made, following.tolist()):
+                    one.append(token)
+                ids = following[:, None]
+                inputs = {}
+                now = Pass(now.start + now.length, 1, decoding=True)
+        return [torch.cat(row) if row else None for row in rows], made
+
+    def _inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        names = prompts[0].inputs.keys()
+        joined = {}
+        for name in names:
+            parts = [torch.as_tensor(np.asarray(p.inputs[name])) for p in prompts]
+            joined[name] = torch.cat(parts).to(self.device)
+            if joined[name].is_floating_point():
+                joined[name] = joined[name].to(next(self.hf.parameters()).dtype)
+        return joined
+
+    def _forward(
+        self, ids: Tensor, inputs: dict, now: Pass, edits: Sequence[Edits], reads: Reads,
+        reducers: Callable, residual_reducers: Callable, numbers: Sequence[int], cache: Any,
+        use_cache: bool, logits: str,
+    ) -> Any:
+        # One attention call serves one row of the batch at a time, in order.
+        turn: dict[tuple[int, str], int] = {}
+
+        def keep(layer: int, name: str, value: Tensor) -> None:
+            row = turn.get((layer, name), 0)
+            turn[layer, name] = row + 1
+            reads.add(numbers[row], layer, name, value[0])
+
+        running = attend.Session(
+            now, list(edits), reads.want, keep, lambda row, layer: reducers(numbers[row], layer)
+        )
+        more: dict[str, Any] = {"use_cache": use_cache}
+        if cache is not None:
+            more["past_key_values"] = cache
+        if logits in ("last", "none"):
+            more["logits_to_keep"] = 1
+        with ExitStack() as stack:
+            stack.enter_context(attend.session(self.attentions, running))
+            stack.enter_context(self._hooks(now, edits, reads, residual_reducers, numbers))
+            with torch.no_grad():
+                return self._call(ids, inputs, more)
+
+    def _call(self, ids: Tensor, inputs: dict, more: dict) -> Any:
+        try:
+            return self.hf(input_ids=ids, **inputs, **more)
+        except TypeError as error:
+            # Encoders and some older models take neither a cache nor logits_to_keep.
+            dropped = [name for name in ("use_cache", "logits_to_keep") if name in str(error)]
+            if not dropped:
+                raise
+            kept = {k: v for k, v in more.items() if k not in dropped}
+            return self._call(ids, inputs, kept)
+
+    @contextmanager
+    def _hooks(
+        self, now: Pass, edits: Sequence[Edits], reads: Reads, residual_reducers: Callable,
+        numbers: Sequence[int],
+    ) -> Iterator[None]:
+        """Hooks for the residual sites of one pass, removed whatever happens."""
+        handles: list[Any] = []
+        stored: dict[int, Tensor] = {}
+
+        def act(block: Block, name: str, x: Tensor) -> Tensor:
+            shape = x.shape
+            x = x.reshape(len(edits), now.length, shape[-1])
+            if any(one.writes(block.index, name) for one in edits):
+                x = torch.stack([
+                    one.apply(block.index, name, row, now) for one, row in zip(edits, x)
+                ])
+            if reads.want(block.index, name):
+                for row, one in enumerate(x):
+                    reads.add(numbers[row], block.index, name, one)
+            if name == "resid_post":
+                for row, one in enumerate(x):
+                    for reducer in residual_reducers(numbers[row], block.index):
+                        reducer.add(one, now.start)
+            return x.reshape(shape)
+
+        def needed(block: Block, name: str) -> bool:
+            wanted = reads.want(block.index, name)
+            wanted |= any(one.writes(block.index, name) for one in edits)
+            if name == "resid_post":
+                wanted |= bool(residual_reducers(numbers[0], block.index))
+            return wanted
+
+        try:
+            for block in self.blocks:
+                for name in ("resid_pre", "resid_mid", "mlp_in", "attn_out", "mlp_out",
+                             "resid_post"):
+                    if not needed(block, name):
+                        continue
+                    port = block.port(name)
+                    if port is None:
+                        raise SiteRefused(
+                            f"cannot reach {name!r} in layer {block.index}: "
+                            f"{self.unavailable(name)}."
+                        )
+                    mid_write = name == "resid_mid" and any(
+                        one.writes(block.index, name) for one in edits
+                    )
+                    if mid_write and block.kind == "sequential":
+                        handles += _write_middle(block, act, stored)
+                    else:
+                        handles.append(_hook(block, name, port, act))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _hook(block: Block, name: str, port: tuple[nn.Module, str], act: Callable) -> Any:
+    """Read and write one side of a module."""
+    module, side = port
+    if side == "output":
+
+        def after(_: nn.Module, args: tuple, output: Any) -> Any:
+            x = first_tensor(output)
+            new = act(block, name, x)
+            return new if isinstance(output, Tensor) else (new, *output[1:])
+
+        return module.register_forward_hook(after)
+
+    def before(_: nn.Module, args: tuple, kwargs: dict) -> Any:
+        x = hidden_input(args, kwargs)
+        new = act(block, name, x)
+        if args and args[0] is x:
+            return (new, *args[1:]), kwargs
+        return args, {k: new if v is x else v for k, v in kwargs.items()}
+
+    return module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _write_middle(block: Block, act: Callable, stored: dict[int, Tensor]) -> list[Any]:
+    """Write between the halves of a block through what attention adds.
+
+    The stream between the halves is read twice, by the norm and by the second sum, so changing
+    the norm's input would not do: what attention adds is changed by the same amount instead.
+    """
+    assert block.attn_out is not None
+
+    def remember(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        found = hidden_input(args, kwargs)
+        assert found is not None
+        stored[block.index] = found
+
+    def add(_: nn.Module, args: tuple, output: Any) -> Any:
+        x = first_tensor(output)
+        assert x is not None
+        before = stored.pop(block.index).reshape(x.shape)
+        new = act(block, "resid_mid", before + x) - before
+        return new if isinstance(output, Tensor) else (new, *output[1:])
+
+    return [
+        block.module.register_forward_pre_hook(remember, with_kwargs=True),
+        block.attn_out[0].register_forward_hook(add),
+    ]
+
+
+def _text_configs(hf: nn.Module) -> list[Any]:
+    """Every config object that the language part reads its attention implementation from."""
+    wanted = hf.config.get_text_config()
+    found: dict[int, Any] = {id(wanted): wanted}
+    for module in hf.modules():
+        config = getattr(module, "config", None)
+        if config is None or not hasattr(config, "get_text_config"):
+            continue
+        text = config.get_text_config()
+        # Vision and audio towers have configs of other types.
+        if type(text) is type(wanted):
+            found[id(text)] = text
+    return list(found.values())
+
+
+def probe_ids(hf: nn.Module, length: int) -> Tensor:
+    """Token ids for a short probing pass: ordinary tokens, no image placeholders."""
+    config = hf.config.get_text_config()
+    special = {
+        getattr(hf.config, name, None)
+        for name in ("image_token_id", "image_token_index", "video_token_id", "audio_token_id",
+                     "vision_start_token_id", "vision_end_token_id", "boi_token_id",
+                     "eoi_token_id", "video_token_index")
+    }
+    special |= {config.pad_token_id, config.eos_token_id if isinstance(config.eos_token_id, int)
+                else None}
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(min(config.vocab_size, 5000), generator=generator).tolist()
+    ids = [token for token in order if token not in special][:length]
+    return torch.tensor([ids], device=next(hf.parameters()).device)
+
+
+def shape_of(blocks: Sequence[Block], hf: nn.Module) -> Shape:
+    """Sizes from the config, checked by the caller against what actually flows."""
+    config = hf.config.get_text_config()
+    n_heads = config.num_attention_heads
+    n_kv = getattr(config, "num_key_value_heads", None) or n_heads
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    return Shape(len(blocks), n_heads, n_kv, config.hidden_size, d_head)
+
+
+
+
+def sink_kind(blocks: Sequence[Block]) -> str:
+    """Where attention can go beside the keys: a learned sink logit, a gate, or nowhere."""
+    attention = blocks[0].attention
+    names = {name for name, _ in attention.named_parameters(recurse=False)}
+    if names & {"sinks", "sink", "attention_sink_bias"}:
+        return "learned"
+    children = {name for name, _ in attention.named_modules()}
+    return "gated" if children & {"gate", "g_proj", "gate_proj", "linear_gate"} else "none"
+
+
+def _mlp_function(block: Block) -> Optional[Callable[[Tensor], Tensor]]:
+    """A candidate for the block's MLP, by the shapes transformers gives to it; checked by use."""
+    module = block.module
+    inner: Optional[Callable[[Tensor], Any]] = None
+    owner: Optional[nn.Module] = None
+    for name in ("mlp", "feed_forward", "ffn", "ff", "block_sparse_moe"):
+        owner = getattr(module, name, None)
+        if owner is not None:
+            inner = owner
+            break
+    if inner is None and hasattr(module, "fc1") and hasattr(module, "fc2"):
+        activation = module.activation_fn
+        return lambda x: module.fc2(activation(module.fc1(x)))
+    if inner is None and hasattr(module, "intermediate") and hasattr(module, "output"):
+        return lambda x: module.output.dense(module.intermediate(x))
+    if inner is None or owner is None:
+        return None
+    last = block.mlp_out[0] if block.mlp_out is not None else owner
+
+    def call(x: Tensor) -> Tensor:
+        # Mixtures of experts insist on a batch axis.
+        flat = x.reshape(1, -1, x.shape[-1])
+        out = first_tensor(inner(flat))
+        assert out is not None
+        out = out.reshape(flat.shape)
+        if not any(part is last for part in owner.modules()):
+            out = last(out)
+        return out.reshape(x.shape)
+
+    return call

@@ -1,0 +1,429 @@
+"""One model, one verb: `Model.run` reads, writes and measures in whichever lane fits."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Optional, Union
+
+import torch
+import xarray as xr
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from interp.core.errors import (
+    ModelRefused,
+    NumericalError,
+    OutOfRange,
+    PromptError,
+    SiteRefused,
+)
+from interp.core.intervention import Intervention
+from interp.core.prompt import Prompt
+from interp.core.site import Site, check_layers
+from interp.models import prompting
+from interp.models.edits import Edits, Shape
+from interp.models.prove import Proof, is_causal, prove, refuse, sites_with
+from interp.models.run import Reads, Run, first_bad_layer, stack_labelled
+from interp.stream import reducers as attention_statistics
+from interp.stream import residual as residual_statistics
+
+Prompts = Union[Prompt, str, Iterable[Union[Prompt, str]]]
+LANES = ("hf", "bridge")
+
+
+class Model:
+    """An opened model; made by `interp.open_model`.
+
+    Attributes:
+        name: what it was opened by. architecture: the transformers class.
+        n_layers, n_heads, n_kv_heads, d_model, d_head, d_vocab, max_positions: its sizes.
+        kind: "decoder" if no position feels a later one, else "encoder"; measured, not assumed.
+        sink_kind: "none", "learned" (a sink logit per head) or "gated" (a gate on head outputs).
+        hf: the transformers model; tokenizer and processor: what turns text and images to tokens.
+    """
+
+    def __init__(
+        self,
+        hf: nn.Module,
+        name: str,
+        tokenizer: Any = None,
+        processor: Any = None,
+        lane: str = "auto",
+        source: Optional[Mapping[str, Any]] = None,
+    ) -> None:
+        self.hf, self.name = hf.eval(), name
+        self.tokenizer, self.processor = tokenizer, processor
+        self.config = hf.config
+        self.source = dict(source or {})
+        self._lanes: dict[str, Any] = {}
+        self._proofs: dict[str, dict[str, Proof]] = {}
+        text = hf.config.get_text_config()
+        self.architecture = type(hf).__name__
+        self.has_images = any(
+            getattr(hf.config, key, None) is not None for key in ("vision_config", "vision_tower")
+        )
+        self.max_positions = int(getattr(text, "max_position_embeddings", 0) or 0) or None
+        if lane not in ("auto", *LANES):
+            raise ModelRefused(
+                f"there is no lane {lane!r}; choose 'auto', {', '.join(map(repr, LANES))}."
+            )
+        first = "hf" if lane == "auto" else lane
+        engine = self._engine(first)
+        self.lane = first
+        self.shape: Shape = engine.shape
+        self.n_layers, self.n_heads = self.shape.n_layers, self.shape.n_heads
+        self.n_kv_heads = self.shape.n_kv_heads
+        self.d_model, self.d_head = self.shape.d_model, self.shape.d_head
+        self.d_vocab = int(text.vocab_size)
+        self.sink_kind = engine.sink_kind
+        self.kind = "decoder" if self._causal() else "encoder"
+        self._prove(first)
+
+    def __repr__(self) -> str:
+        heads = f"{self.n_heads} heads"
+        if self.n_kv_heads != self.n_heads:
+            heads += f" over {self.n_kv_heads} key-value heads"
+        return (
+            f"Model({self.name!r}: {self.architecture}, {self.n_layers} layers x {heads}, "
+            f"d_model {self.d_model}, lane {self.lane!r})"
+        )
+
+    # -- lanes -------------------------------------------------------------------------------
+
+    def _engine(self, lane: str) -> Any:
+        if lane not in self._lanes:
+            if lane == "hf":
+                from interp.models.lane_hf import LaneHF
+
+                self._lanes[lane] = LaneHF(self.hf)
+            else:
+                from interp.models.lane_bridge import LaneBridge
+
+                self._lanes[lane] = LaneBridge(self.hf, self.tokenizer, self.name)
+        return self._lanes[lane]
+
+    def using(self, lane: str) -> "Model":
+        """The same weights through another lane ("hf" or "bridge"), proven there first."""
+        if lane not in LANES:
+            raise ModelRefused(f"there is no lane {lane!r}; choose {', '.join(map(repr, LANES))}.")
+        other = copy.copy(self)
+        other.lane = lane
+        other._engine(lane)
+        other._prove(lane)
+        return other
+
+    @property
+    def bridge(self) -> Any:
+        """TransformerLens' `TransformerBridge` over the same weights, for all its tools."""
+        return self._engine("bridge").bridge
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.hf.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.hf.parameters()).dtype
+
+    def _tolerance(self) -> float:
+        return {torch.float32: 1e-3, torch.float64: 1e-4}.get(self.dtype, 5e-2)
+
+    def _outcome(
+        self, lane: str, prompt: Prompt, read: tuple[str, ...], write: tuple[Intervention, ...]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Logits, or the last residual stream of a model without a vocabulary, and raw reads."""
+        last = f"resid_post.{self.shape.n_layers - 1}"
+        reads = Reads([Site.parse(s) for s in {*read, last}], self.shape.n_layers, 1)
+        edits = Edits(prompt, write, self.shape)
+        (logits,), _ = self._engine(lane).run(
+            [prompt], [edits], reads, lambda *_: [], lambda *_: [], [0]
+        )
+        found = {s: a.values[0, 0] for s, a in reads.finish().items()}
+        outcome = logits if logits is not None else torch.tensor(found[last])
+        return outcome, found
+
+    def _probe(self) -> list[int]:
+        from interp.models.lane_hf import probe_ids
+
+        return probe_ids(self.hf, 6)[0].tolist()
+
+    def _causal(self) -> bool:
+        return is_causal(
+            lambda ids: self._outcome(self.lane, Prompt.from_tokens(ids), (), ())[0], self._probe()
+        )
+
+    def _prove(self, lane: str) -> None:
+        if lane in self._proofs:
+            return
+        self._proofs[lane] = prove(
+            lambda prompt, read, write: self._outcome(lane, prompt, read, write),
+            self._probe(), self.shape.n_layers // 2, self._engine(lane).unavailable,
+            self._tolerance(), self.kind == "decoder",
+        )
+
+    def sites(self, verb: str = "read") -> list[str]:
+        """Sites proven readable (or, with "write", writable) in this lane."""
+        return sites_with(self._proofs[self.lane], verb)
+
+    def proofs(self) -> dict[str, Proof]:
+        """What was proven for every site of this lane when the model was opened."""
+        return dict(self._proofs[self.lane])
+
+    def _check_site(self, name: str, verb: str) -> None:
+        others = []
+        for lane, proofs in self._proofs.items():
+            proof = proofs.get(name)
+            if lane != self.lane and proof and getattr(
+                proof, "readable" if verb == "read" else "writable"
+            ):
+                others.append(lane)
+        refuse(self._proofs[self.lane], name, verb, self.name, self.lane, others)
+
+    # -- prompts and weights -------------------------------------------------------------------
+
+    def prompt(
+        self,
+        text_or_messages: Any,
+        images: Sequence[Any] = (),
+        chat: bool = False,
+        segments: Optional[Mapping[str, Any]] = None,
+    ) -> Prompt:
+        """Tokens with named segments, from text or chat messages and pictures.
+
+        Example:
+            >>> import interp
+            >>> model = interp.open_model("backcopy-1l")
+            >>> len(model.prompt(model.tokenizer.decode([5, 6, 7]))) >= 3
+            True
+
+        Raises:
+            PromptError, ProcessorMissing, SegmentNotFound: see `interp.models.prompting.build`.
+        """
+        return prompting.build(self, text_or_messages, images, chat=chat, segments=segments)
+
+    @property
+    def first_token_is_bos(self) -> bool:
+        """Whether the tokenizer puts a special token at position 0 of a plain text."""
+        if self.tokenizer is None:
+            return False
+        ids = self.tokenizer("a", add_special_tokens=True)["input_ids"]
+        first = {self.tokenizer.bos_token_id, self.tokenizer.cls_token_id} - {None}
+        return bool(ids) and ids[0] in first
+
+    def mlp(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """The MLP of a block as a function from `mlp_in` to `mlp_out`, `[..., d_model]` both.
+
+        Raises `SiteRefused` where the block's MLP is not one function of `mlp_in`.
+        """
+        check_layers(layer, self.n_layers)
+        return self._engine("hf").mlp(layer)
+
+    def manifest(self) -> dict[str, Any]:
+        """What a result must say about the model it came from."""
+        return {
+            "model": self.name, "architecture": self.architecture, "lane": self.lane,
+            "dtype": str(self.dtype).removeprefix("torch."), "device": self.device.type,
+            "tokenizer": type(self.tokenizer).__name__ if self.tokenizer is not None else None,
+            "n_layers": self.n_layers, "n_heads": self.n_heads, "n_kv_heads": self.n_kv_heads,
+            "d_model": self.d_model, "kind": self.kind, "sink_kind": self.sink_kind,
+            "first_token_is_bos": self.first_token_is_bos, **self.source,
+        }
+
+    # -- the verb --------------------------------------------------------------------------------
+
+    def run(
+        self,
+        prompts: Prompts,
+        read: Union[str, Site, Sequence[Union[str, Site]]] = (),
+        write: Union[Intervention, Sequence[Intervention]] = (),
+        stats: Union[str, Any, Sequence[Any]] = (),
+        new_tokens: int = 0,
+        *,
+        batch_size: int = 8,
+        logits: str = "all",
+        progress: bool = False,
+    ) -> Run:
+        """Run prompts, changing what `write` says, and return what `read` and `stats` ask for.
+
+        Example:
+            >>> import interp
+            >>> model = interp.open_model("backcopy-1l")
+            >>> prompt = interp.Prompt.from_tokens(range(3, 12))
+            >>> run = model.run(prompt, read="pattern", stats="received")
+            >>> run.reads["pattern"].dims, run.stats["received"].dims
+            (('prompt', 'layer', 'head', 'query', 'key'), ('prompt', 'layer', 'head', 'key'))
+
+        Args:
+            prompts: one or many, `Prompt` or text. They are batched only with prompts of equal
+                length and never padded.
+            read: sites, like "resid_post", "mlp_out.3" or `Site`; read after all writes.
+            write: interventions: `interp.ablate`, `block`, `scale`, `edit`, `patch`, ...
+            stats: names ("received", "entropy", ...) or configured reducers; never N x N.
+            new_tokens: greedy tokens to generate after each prompt.
+            logits: "all" rows, only the "last" row, or "none".
+
+        Raises:
+            PromptError, OutOfRange, SegmentNotFound, SiteRefused, NumericalError: before anything
+            is run wherever possible, naming the value and what to do.
+        """
+        prompts = self._prompts(prompts, new_tokens)
+        sites = [Site.parse(s) for s in ([read] if isinstance(read, (str, Site)) else read)]
+        write = (write,) if isinstance(write, Intervention) else tuple(write)
+        asked = [stats] if isinstance(stats, str) or not isinstance(stats, Iterable) else stats
+        if logits not in ("all", "last", "none"):
+            raise ValueError(f"logits must be 'all', 'last' or 'none', not {logits!r}.")
+        if new_tokens < 0 or batch_size < 1:
+            raise ValueError("new_tokens must be at least 0 and batch_size at least 1.")
+        for site in sites:
+            site.of(self.n_layers)
+            self._check_site(site.name, "read")
+        edits = [Edits(prompt, write, self.shape) for prompt in prompts]
+        for name in sorted({name for one in edits for name in one.sites()}):
+            self._check_site(name, "write")
+
+        statistics = _Statistics(asked, prompts, self.n_layers, self.n_heads, new_tokens)
+        reads = Reads(sites, self.n_layers, len(prompts))
+        rows: list[Optional[Tensor]] = [None] * len(prompts)
+        made: list[list[int]] = [[] for _ in prompts]
+        batches = list(_batches(prompts, batch_size))
+        for numbers in tqdm(batches, disable=not progress, desc=f"running {self.name}"):
+            out, new = self._engine(self.lane).run(
+                [prompts[i] for i in numbers], [edits[i] for i in numbers], reads,
+                statistics.attention, statistics.residual, numbers, new_tokens, logits,
+            )
+            for i, row, tokens in zip(numbers, out, new):
+                self._check_finite(row, prompts[i], write)
+                rows[i], made[i] = row, tokens
+        kept = [row for row in rows if row is not None]
+        return Run(tuple(prompts), kept, reads.finish(), statistics.finish(), made)
+
+    def _prompts(self, prompts: Prompts, new_tokens: int) -> list[Prompt]:
+        given = [prompts] if isinstance(prompts, (str, Prompt)) else list(prompts)
+        if not given:
+            raise PromptError("no prompts to run: give at least one.")
+        found = [self.prompt(p) if isinstance(p, str) else p for p in given]
+        for number, prompt in enumerate(found):
+            if not isinstance(prompt, Prompt):
+                raise PromptError(
+                    f"prompt {number} is a {type(prompt).__name__}; make it with model.prompt(...) "
+                    "or interp.Prompt.from_tokens(...)."
+                )
+            worst = max(prompt.ids) if min(prompt.ids) >= 0 else min(prompt.ids)
+            if not 0 <= worst < self.d_vocab:
+                raise OutOfRange(
+                    f"prompt {number} has the token id {worst}, but {self.name} knows ids 0 to "
+                    f"{self.d_vocab - 1}."
+                )
+            length = len(prompt) + new_tokens
+            if self.max_positions and length > self.max_positions:
+                raise PromptError(
+                    f"prompt {number} needs {length} positions, but {self.name} has "
+                    f"{self.max_positions}; shorten it by {length - self.max_positions} tokens."
+                )
+            if not self.has_images and "pixel_values" in prompt.inputs:
+                raise PromptError(
+                    f"prompt {number} carries an image, but {self.name} is a text model."
+                )
+        return found
+
+    def _check_finite(
+        self, logits: Optional[Tensor], prompt: Prompt, write: Sequence[Intervention]
+    ) -> None:
+        if logits is None or not torch.isnan(logits).any():
+            return
+        sites = [Site.parse("resid_post")]
+        reads = Reads(sites, self.n_layers, 1)
+        self._engine(self.lane).run(
+            [prompt], [Edits(prompt, write, self.shape)], reads, lambda *_: [], lambda *_: [], [0]
+        )
+        layer = first_bad_layer(reads.finish()["resid_post"])
+        where = f"layer {layer}" if layer is not None else "the unembedding"
+        cause = "a written value" if write else f"the weights, or dtype {self.dtype}"
+        raise NumericalError(
+            f"NaN in the activations of {self.name}, first after {where}; the cause is {cause}. "
+            "Check the values you write, or open the model with dtype='float32'."
+        )
+
+
+class _Statistics:
+    """The reducers of a run: one set per prompt and layer, made when first needed."""
+
+    def __init__(
+        self, asked: Iterable[Any], prompts: Sequence[Prompt], n_layers: int, n_heads: int,
+        new_tokens: int,
+    ) -> None:
+        self.prompts, self.n_layers, self.new_tokens = prompts, n_layers, new_tokens
+        self.n_heads = n_heads
+        self.asked: dict[str, tuple[str, Any]] = {}
+        for one in asked:
+            name = one if isinstance(one, str) else one.name
+            if name in residual_statistics.NAMES:
+                kind = "residual"
+            elif name in attention_statistics.NAMES:
+                kind = "attention"
+            else:
+                known = sorted((*attention_statistics.NAMES, *residual_statistics.NAMES))
+                raise ValueError(
+                    f"there is no statistic {name!r}; choose from: {', '.join(known)}."
+                )
+            self.asked[name] = (kind, one)
+        self._made: dict[tuple[int, int, str], dict[str, Any]] = {}
+
+    def _reducers(self, prompt: int, layer: int, kind: str) -> list[Any]:
+        key = (prompt, layer, kind)
+        if key not in self._made:
+            made = {}
+            for name, (of, one) in self.asked.items():
+                if of != kind:
+                    continue
+                reducer = self._by_name(name, prompt) if isinstance(one, str) else None
+                reducer = copy.deepcopy(one) if reducer is None else reducer
+                length = len(self.prompts[prompt]) + max(self.new_tokens, 0)
+                if kind == "attention":
+                    reducer.start(n_heads=self.n_heads, n_queries=length, n_keys=length)
+                else:
+                    reducer.start(n_positions=length)
+                made[name] = reducer
+            self._made[key] = made
+        return list(self._made[key].values())
+
+    def _by_name(self, name: str, prompt: int) -> Any:
+        one = self.prompts[prompt]
+        segments = {segment.name: segment.positions for segment in one.segments}
+        if name == "segments" and not segments:
+            raise SiteRefused(
+                "the statistic 'segments' needs prompts with named segments; "
+                "name some, for example prompt.with_segments(needle=(3, 8))."
+            )
+        if name in residual_statistics.NAMES:
+            return residual_statistics.by_name(name)
+        return attention_statistics.by_name(name, segments=segments)
+
+    def attention(self, prompt: int, layer: int) -> list[Any]:
+        return self._reducers(prompt, layer, "attention")
+
+    def residual(self, prompt: int, layer: int) -> list[Any]:
+        return self._reducers(prompt, layer, "residual")
+
+    def finish(self) -> dict[str, xr.DataArray]:
+        found = {}
+        for name, (kind, _) in self.asked.items():
+            layers = sorted({layer for _, layer, of in self._made if of == kind})
+            rows = [
+                [self._made[prompt, layer, kind][name].finish() for layer in layers]
+                for prompt in range(len(self.prompts))
+            ]
+            found[name] = stack_labelled(rows, layers)
+        return found
+
+
+def _batches(prompts: Sequence[Prompt], size: int) -> Iterable[list[int]]:
+    """Numbers of prompts that can share a pass: equal length, equal shapes of further inputs."""
+    groups: dict[Any, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        shapes = tuple(sorted((k, getattr(v, "shape", None)) for k, v in prompt.inputs.items()))
+        groups.setdefault((len(prompt), shapes), []).append(number)
+    for numbers in groups.values():
+        for first in range(0, len(numbers), size):
+            yield numbers[first : first + size]
+
+
