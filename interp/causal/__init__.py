@@ -1,0 +1,1 @@
+"""Interventions and the sweeps that test findings causally."""

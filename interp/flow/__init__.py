@@ -1,0 +1,1 @@
+"""Flow of information between tokens across layers, one measure per file."""

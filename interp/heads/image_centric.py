@@ -1,0 +1,119 @@
+"""Image-centric heads: heads whose attention to the image lands on content, not on visual sinks.
+
+Paper     arXiv:2503.03321
+Question  Which heads, for which query, look at the image's content?
+Measure   r, the non-sink share of the attention on the image, among heads with enough of it
+Cause     redistribute the sinks' attention in these heads only (`interp.causal.redistribute`)
+"""
+
+from typing import Optional, SupportsFloat
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from interp.causal.redistribute import Convention, Keys, key_mask
+from interp.core.errors import NumericalError
+
+CODE_EPSILON = 1e-6
+"""Added to every visual token's attention in the denominator of the released code."""
+
+
+def image_mass(
+    attention: Float[Tensor | np.ndarray, "*batch head query key"], image: Keys
+) -> Float[Tensor, "*batch head query"]:
+    """Attention that every query of every head puts on the image.
+
+    Example:
+        >>> image_mass(torch.tensor([[[0.5, 0.25, 0.25]]]), slice(1, 3))
+        tensor([[0.5000]])
+    """
+    weights = _checked(attention)
+    return (weights * key_mask(image, weights.shape[-1]).to(weights.device)).sum(-1)
+
+
+def nonsink_share(
+    attention: Float[Tensor | np.ndarray, "*batch head query key"], image: Keys, sinks: Keys
+) -> Float[Tensor, "*batch head query"]:
+    """r: the share of the attention on the image that is not on visual sinks.
+
+    Example:
+        >>> nonsink_share(torch.tensor([[[0.5, 0.375, 0.125]]]), slice(1, 3), [0, 1])
+        tensor([[0.2500]])
+
+    Zero where nothing is on the image. One minus the sinks' share elsewhere.
+
+    Source: arXiv:2503.03321, visual non-sink ratio r_i^{l,h}.
+    """
+    weights = _checked(attention)
+    n_keys = weights.shape[-1]
+    visual = key_mask(image, n_keys)
+    content = (visual & ~key_mask(sinks, n_keys)).to(weights.device)
+    total = (weights * visual.to(weights.device)).sum(-1)
+    return (weights * content).sum(-1) / torch.where(total > 0, total, torch.ones_like(total))
+
+
+def select(
+    attention: Float[Tensor | np.ndarray, "*batch head query key"],
+    image: Keys,
+    sinks: Keys,
+    min_nonsink_share: SupportsFloat = 0.5,
+    min_image_mass: SupportsFloat = 0.2,
+    *,
+    convention: Convention = "paper",
+    queries: Optional[Keys] = None,
+) -> Bool[Tensor, "*batch head query"]:
+    """Choose the image-centric (head, query) pairs.
+
+    Example:
+        >>> attention = torch.tensor([[[0.2, 0.1, 0.7]], [[0.2, 0.7, 0.1]], [[0.9, 0.0, 0.1]]])
+        >>> select(attention, image=slice(1, 3), sinks=[0, 1])[:, 0]
+        tensor([ True, False, False])
+
+    Here head 0 looks at content, head 1 at the visual sink, head 2 hardly at the image.
+
+    Args:
+        attention: probabilities of one layer; rows may be any subset of the queries.
+        image: the image's positions, a slice or an index array.
+        sinks: positions of all sinks; those outside the image do not matter here.
+        min_nonsink_share: rho of the paper: 0.8 for general, 0.5 for hallucination, 0.9 for
+            vision-centric tasks. With convention="code" it is the released code's rho, a ceiling
+            on the sinks' share: 0.2, 0.5 and 0.1.
+        min_image_mass: leave out rows with less attention on the image than this.
+        queries: rows to consider, all if None; the others are False. Positions count rows.
+
+    The decision is made per query: it is not a fixed list of heads.
+
+    Raises:
+        ValueError: a threshold outside [0, 1].
+        OutOfRange: a position that does not exist.
+        NumericalError: NaN in the attention.
+
+    Source: arXiv:2503.03321; released code `logic.py` for convention="code".
+    """
+    share, mass = float(min_nonsink_share), float(min_image_mass)
+    for name, value in (("min_nonsink_share", share), ("min_image_mass", mass)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie between 0 and 1, not {value}.")
+    weights = _checked(attention)
+    n_queries, n_keys = weights.shape[-2:]
+    on_image = image_mass(weights, image)
+    if convention == "paper":
+        chosen = nonsink_share(weights, image, sinks) >= share
+    else:
+        visual = key_mask(image, n_keys)
+        on_sinks = (weights * (visual & key_mask(sinks, n_keys)).to(weights.device)).sum(-1)
+        chosen = on_sinks / (on_image + CODE_EPSILON * int(visual.sum())) <= share
+    chosen = chosen & (on_image >= mass)
+    if queries is not None:
+        chosen = chosen & key_mask(queries, n_queries).to(chosen.device)
+    return chosen
+
+
+def _checked(attention: Tensor | np.ndarray) -> Tensor:
+    weights = torch.as_tensor(attention)
+    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    if not torch.isfinite(weights).all():
+        raise NumericalError("attention contains NaN or infinity; recompute it in float32.")
+    return weights
