@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from interp.core.errors import SiteRefused
 from interp.models.edits import Edits, Pass
+from interp.stream.masks import Mask, bidirectional, causal, sliding_window
 from interp.stream.tiles import Tile, stream
 
 NAME = "undertow"
@@ -49,20 +50,31 @@ class LazyMask:
         padding: Optional[Bool[Tensor, "batch key"]],
         by_element: bool,
         plain: Optional[str],
+        window: Optional[int] = None,
     ) -> None:
         self.rule, self.padding, self.by_element = rule, padding, by_element
         self.q_length, self.kv_length = q_length, kv_length
         self.q_offset, self.kv_offset = int(q_offset), int(kv_offset)
         self.plain = plain if padding is None else None
+        self.window = window
+
+    def named(self) -> Optional[Mask]:
+        """The same rule with its known structure, where it is one of the usual ones."""
+        if self.plain == "full":
+            return bidirectional()
+        if self.plain == "causal":
+            return causal()
+        if self.plain == "window" and self.window is not None:
+            return sliding_window(self.window)
+        return None
 
     def __call__(
         self, row: int, queries: Int[Tensor, "query"], keys: Int[Tensor, "key"]
     ) -> Bool[Tensor, "1 query key"]:
         """Visibility at absolute positions in row `row` of the batch."""
-        if self.plain == "full":
-            return queries.new_ones((1, len(queries), len(keys)), dtype=torch.bool)
-        if self.plain == "causal":
-            return (keys[None] <= queries[:, None])[None]
+        named = self.named()
+        if named is not None:
+            return named(queries, keys)[None]
         batch, head = queries.new_tensor([row]), queries.new_tensor([0])
         if self.by_element:
             rule = self.rule
@@ -102,10 +114,10 @@ def _make_mask(
     plain = None
     if local_size is None and allow_is_bidirectional_skip:
         plain = "full"
-    elif local_size is None and allow_is_causal_skip:
-        plain = "causal"
+    elif allow_is_causal_skip:
+        plain = "causal" if local_size is None else "window"
     return LazyMask(mask_function, q_length, kv_length, q_offset, kv_offset, padding,
-                    use_vmap, plain)
+                    use_vmap, plain, local_size)
 
 
 class _TensorMask(LazyMask):
@@ -205,13 +217,17 @@ def session_attention(
             z = _by_rows(session, layer, row, q, k, v, mask, given, reducers)
         else:
             seen = _Visible(mask, row, edits if blocked else None, layer, now)
-            z = _plain(q, k, v, mask, row, given, seen if blocked else None)
+            fused = given["softcap"] is None and given["sinks"] is None
+            if fused or not reducers:
+                z = _plain(q, k, v, mask, row, given, seen if blocked else None)
             if reducers:
-                stream(
-                    q, k, v, reducers=reducers, mask=seen, scaling=given["scaling"],
+                streamed = stream(
+                    q, k, v, reducers=reducers, mask=seen.mask(), scaling=given["scaling"],
                     softcap=given["softcap"], sink_logits=given["sinks"],
-                    query_offset=mask.q_offset, key_offset=mask.kv_offset,
+                    query_offset=mask.q_offset, key_offset=mask.kv_offset, layer=layer,
+                    want_output=not fused,
                 )
+                z = z if fused else streamed.output
         z = z[0].transpose(0, 1)
         outputs.append(edits.apply(layer, "z", z, now))
         for name, x in (("q", q[0]), ("k", k[0]), ("v", v[0])):
@@ -229,15 +245,29 @@ class _Visible:
     def __init__(
         self, mask: LazyMask, row: int, edits: Optional[Edits], layer: int, now: Pass
     ) -> None:
-        self.mask, self.row, self.edits, self.layer, self.now = mask, row, edits, layer, now
+        self.lazy, self.row, self.edits, self.layer, self.now = mask, row, edits, layer, now
+
+    def mask(self) -> Mask:
+        """As a rule for `stream`, with the structure that lets it skip tiles."""
+        named = self.lazy.named()
+        if named is None:
+            return Mask(lambda query, key: self(query.flatten(), key))
+        if self.edits is None:
+            return named
+        return named & Mask(lambda query, key: self._open(query.flatten(), key)[None])
+
+    def _open(self, queries: Tensor, keys: Tensor) -> Tensor:
+        assert self.edits is not None
+        found = self.edits.visible(self.layer, queries, keys, self.now)
+        return queries.new_ones((1, len(queries), len(keys)), dtype=torch.bool) \
+            if found is None else found
 
     def __call__(
         self, queries: Int[Tensor, "query"], keys: Int[Tensor, "key"]
     ) -> Bool[Tensor, "1 head query key"]:
-        seen = self.mask(self.row, queries, keys)
+        seen = self.lazy(self.row, queries, keys)
         if self.edits is not None:
-            open_ = self.edits.visible(self.layer, queries, keys, self.now)
-            seen = seen if open_ is None else seen & open_
+            seen = seen & self._open(queries, keys)
         return seen[None]
 
 
@@ -247,7 +277,7 @@ def _plain(
 ) -> Float[Tensor, "1 head query d_value"]:
     """Attention output alone, by the fastest exact way."""
     simple = given["softcap"] is None and given["sinks"] is None
-    if simple and seen is None and mask.plain is not None:
+    if simple and seen is None and mask.plain in ("causal", "full"):
         causal = mask.plain == "causal" and q.shape[2] > 1
         if not causal or q.shape[2] == k.shape[2]:
             return nn.functional.scaled_dot_product_attention(
@@ -296,7 +326,7 @@ def _by_rows(
         if session.want(layer, "pattern"):
             kept["pattern"].append(p)
         if reducers:
-            tile = Tile(p[None], queries, keys, allowed, v)
+            tile = Tile(p[None], queries, keys, allowed, v, layer)
             for reducer in reducers:
                 reducer.add(tile)
         parts.append(_weighted(p[None].to(v.dtype), v))

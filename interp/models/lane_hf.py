@@ -42,13 +42,18 @@ class LaneHF:
         ids = probe_ids(self.hf, 6)
         found: list[nn.Module] = []
         with attend.implementation(self.configs), attend.callers(found), torch.no_grad():
-            self.hf(input_ids=ids, use_cache=False)
+            failure = None
+            try:
+                self.hf(input_ids=ids, use_cache=False)
+            except (TypeError, AttributeError, ValueError, RuntimeError, IndexError) as error:
+                failure = error
             if not found:
                 raise ModelRefused(
                     f"{type(self.hf).__name__} never calls a registered attention function "
-                    "(its modeling code has attention of its own); open it with lane='bridge' or "
-                    "lane='nnsight'."
-                )
+                    "(its modeling code has attention of its own); open it with lane='bridge'."
+                ) from failure
+            if failure is not None:
+                raise failure
         blocks = find_blocks(self.hf, found)
         with attend.implementation(self.configs):
             locate(blocks, lambda: self.hf(input_ids=ids, use_cache=False))

@@ -95,7 +95,7 @@ def prove(
         reason = ""
         if same > tolerance:
             reason = "writing back what was read changed the outcome"
-        elif largest <= max(10 * same, 1e-6):
+        elif largest <= max(3 * same, 1e-6):
             reason = "replacing it left the outcome unchanged"
         elif causal and float(moved[:position].max()) > max(tolerance, 1e-6):
             reason = "a change at one position moved earlier positions"
@@ -143,7 +143,7 @@ def _disturb(
         return patch(spelled, head)
     noise = np.random.default_rng(0).standard_normal(values.shape[1:]).astype(np.float32)
     size = float(np.abs(values).mean()) or 1.0
-    return edit(spelled, "add", 3.0 * size * noise, positions=[position])
+    return edit(spelled, "add", 10.0 * size * noise, positions=[position])
 
 
 def refuse(

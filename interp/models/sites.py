@@ -124,48 +124,33 @@ def _solve(block: Block, seen: list) -> None:
     inputs = [(m, given, made) for m, given, made in inner if _fits(given, before)]
 
     for middle_module, middle, made in inputs:
-        if _close(middle, before):
+        if torch.equal(middle, before):
             continue
-        source = next((m for m, out in outputs if _close(before + out, middle)), None)
+        source = _best(outputs, lambda out, middle=middle: _error(middle, before, out))
         if source is None:
             continue
-        if "norm" in type(middle_module).__name__.lower():
-            # Post-norm blocks (BERT): the norm's output is the stream between the halves.
-            for second, given, result in inputs:
-                if not _fits(result, before) or not _close(result, after):
-                    continue
-                if second is middle_module or not _fits(made, before):
-                    continue
-                added = next((m for m, out in outputs if _close(made + out, given)), None)
-                if added is not None and "norm" in type(second).__name__.lower():
-                    block.kind = "post_norm"
-                    block.attn_out, block.mlp_out = (source, "output"), (added, "output")
-                    block.resid_mid = (middle_module, "output")
-                    reader = next(
-                        (m for m, x, _ in inputs if _close(x, made) and m is not middle_module),
-                        None,
-                    )
-                    block.mlp_in = (reader, "input") if reader is not None else None
-                    return
-        added = next(
-            (m for m, out in reversed(outputs) if _close(middle + out, after)), None
-        )
-        if added is None:
+        norm = "norm" in type(middle_module).__name__.lower() and _fits(made, before)
+        if norm and _solve_post_norm(block, inputs, outputs, middle_module, made, after, source):
+            return
+        added = [
+            (m, out) for m, out in outputs
+            if m is not source and _error(after, middle, out) <= 1.0
+        ]
+        if not added:
             continue
-        candidates = [m for m, out in outputs if _close(middle + out, after)]
         block.kind = "sequential"
         block.attn_out = (source, "output")
         block.resid_mid = (middle_module, "input")
-        block.mlp_out = (_outermost(candidates), "output")
-        if "norm" in type(middle_module).__name__.lower() and _fits(made, before):
-            block.mlp_in = (middle_module, "output")
-        else:
-            block.mlp_in = (middle_module, "input")
+        block.mlp_out = (_outermost([m for m, _ in added]), "output")
+        block.mlp_in = (middle_module, "output" if norm else "input")
         return
 
     for first, out in outputs:
-        rest = [m for m, other in outputs if m is not first and _close(before + out + other, after)]
-        if rest and not _close(before + out, after):
+        rest = [
+            m for m, other in outputs
+            if m is not first and _error(after, before, out, other) <= 1.0
+        ]
+        if rest and _error(after, before, out) > 1.0:
             second = _outermost(rest)
             attends = first if _holds(first, block.attention) else second
             other = second if attends is first else first
@@ -175,6 +160,35 @@ def _solve(block: Block, seen: list) -> None:
             block.attn_out, block.mlp_out = (attends, "output"), (other, "output")
             block.mlp_in = (other, "input")
             return
+
+
+def _solve_post_norm(
+    block: Block, inputs: list, outputs: list, first: nn.Module, middle: Tensor, after: Tensor,
+    source: nn.Module,
+) -> bool:
+    """Blocks that normalize the sum (BERT): the first norm's output is the stream in between."""
+    for second, given, result in inputs:
+        if second is first or "norm" not in type(second).__name__.lower():
+            continue
+        if not _fits(result, after) or not torch.equal(result, after):
+            continue
+        added = _best(outputs, lambda out, given=given: _error(given, middle, out))
+        if added is None:
+            continue
+        reader = next((m for m, x, _ in inputs if torch.equal(x, middle) and m is not first), None)
+        block.kind = "post_norm"
+        block.attn_out, block.mlp_out = (source, "output"), (added, "output")
+        block.resid_mid = (first, "output")
+        block.mlp_in = (reader, "input") if reader is not None else None
+        return True
+    return False
+
+
+def _best(outputs: list, error: Callable[[Tensor], float]) -> Optional[nn.Module]:
+    """The module whose output fits an equation best; the earlier one among equals."""
+    fits = [(error(out), order, m) for order, (m, out) in enumerate(outputs)]
+    fits = [fit for fit in fits if fit[0] <= 1.0]
+    return min(fits, key=lambda fit: fit[:2])[2] if fits else None
 
 
 def _outermost(modules: list[nn.Module]) -> nn.Module:
@@ -188,15 +202,22 @@ def _holds(outer: nn.Module, inner: nn.Module) -> bool:
 
 
 def _flat(x: Optional[Tensor]) -> Optional[Tensor]:
-    """As `[positions, width]` in float32, whatever batch axes a block uses inside."""
-    return None if x is None or x.ndim < 2 else x.reshape(-1, x.shape[-1]).float()
+    """As `[positions, width]`, whatever batch axes a block uses inside."""
+    return None if x is None or x.ndim < 2 else x.reshape(-1, x.shape[-1])
 
 
 def _fits(x: Optional[Tensor], like: Tensor) -> bool:
     return x is not None and x.shape == like.shape
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    # Loose enough for bfloat16 sums, far tighter than any accidental agreement.
-    scale = float(b.abs().max())
-    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-2 * max(scale, 1e-6) * 0.2)
+def _error(total: Tensor, *parts: Tensor) -> float:
+    """How far `total` is from the sum of `parts`, in units of what rounding can explain.
+
+    Element by element: with massive coordinates in the stream, a tolerance relative to the largest
+    value would let any small output pass for the right one.
+    """
+    if any(part.shape != total.shape for part in parts):
+        return float("inf")
+    rounding = torch.finfo(total.dtype).eps * sum(part.double().abs() for part in parts)
+    gap = (sum(part.double() for part in parts) - total.double()).abs()
+    return float((gap / rounding.clamp_min(1e-30)).max())

@@ -1,0 +1,50 @@
+# Undertow. `make figures` and `make test` are all a newcomer needs; both can be run again at will.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+OUT    ?= figures
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup figures report test quick check format clean
+
+help:  ## what can be made
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
+
+setup: $(STAMP)  ## the virtual environment with everything in it
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt pip setuptools wheel
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[vlm,pretrained,notebooks,dev]'
+	@touch $(STAMP)
+
+figures: $(STAMP)  ## every figure and claim, from the bundled models, and where they are
+	$(BIN)/python -m experiments run all --out $(OUT)
+	$(BIN)/python -m experiments report --out $(OUT)
+
+report: $(STAMP)  ## one HTML page from the figures that are there
+	$(BIN)/python -m experiments report --out $(OUT)
+
+test: $(STAMP)  ## the whole test suite
+	$(BIN)/python -m pytest -n auto --dist loadfile --jaxtyping-packages=interp,experiments,beartype.beartype
+
+quick: $(STAMP)  ## the tests that take seconds
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow' --jaxtyping-packages=interp,experiments,beartype.beartype
+
+check: $(STAMP)  ## lint, layers, spelling, types
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/pyright
+
+format: $(STAMP)  ## sort imports and fix what can be fixed
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove what the commands above made
+	rm -rf $(OUT) .pytest_cache .hypothesis .ruff_cache build dist *.egg-info
