@@ -42,8 +42,9 @@ def test_ratio_is_free_of_scale_and_of_the_order_of_positions(scale, seed):
 
 
 def test_profile_is_sorted_and_uses_the_true_median():
-    largest, median = massive.magnitudes(quiet(), top=3)
-    flat = quiet().abs().flatten(1).numpy()
+    residual = quiet()[:, :6]  # an even number of entries: the mean of the two middle ones
+    largest, median = massive.magnitudes(residual, top=3)
+    flat = residual.abs().flatten(1).numpy()
     assert np.allclose(largest, -np.sort(-flat)[:, :3])
     assert np.allclose(median, np.median(flat, axis=1))
     with pytest.raises(OutOfRange, match="top must lie"):

@@ -75,9 +75,11 @@ def test_pca_finds_exactly_the_planted_direction():
     assert directions.selected() != () and directions.selected()[0] == 0
     assert abs(float(directions.components[0] @ READ)) > 0.98
     assert directions.toward() == directions.selected()
-    # The sinks lie on the positive side, the controls do not.
-    assert float(directions.sink_projection[:, 0].min()) > float(
-        directions.other_projection[:, 0].max())
+    # The sinks lie on the positive side, the controls do not, whatever sign the input has.
+    for directions in (found(), found(-6.0)):
+        assert float(directions.sink_projection[:, 0].min()) > float(
+            directions.other_projection[:, 0].max())
+    assert found(-6.0).active_sign(0) == -1
 
 
 def test_the_response_is_quadratic_on_one_side_only():

@@ -101,6 +101,12 @@ def test_a_dimension_must_recur_and_must_stand_out_against_the_median():
     assert visual.candidate_dims(weak, min_ratio=100).dims == (5,)
 
 
+def test_a_dimension_without_energy_of_its_own_is_no_candidate():
+    values = anchors({5: -1e4, 9: 90.0}, birth=1)  # 9 is massive, but 5 holds the norm
+    assert visual.candidate_dims(values).dims == (5,)
+    assert visual.candidate_dims(values, min_root_share=0).dims == (5, 9)
+
+
 def test_only_the_band_counts_and_the_cap_keeps_the_strongest():
     values = anchors({}, n_layers=20)
     values[:, 17:, 3] = 90.0  # after the band
