@@ -77,7 +77,7 @@ class Result:
     Example:
         >>> result = Result(xr.Dataset({"norm": ("layer", [1.0, 2.0])}), {"seed": 0})
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     result.save(folder)
+        ...     _ = result.save(folder)
         ...     float(Result.load(folder)["norm"][1])
         2.0
     """

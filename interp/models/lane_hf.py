@@ -95,6 +95,41 @@ class LaneHF:
             "'mlp_in'; read 'mlp_in' and 'mlp_out' instead."
         )
 
+    def w_o(self, layer: int) -> Tensor:
+        """The output projection of a block, per query head: `[head, d_head, d_model]`.
+
+        It is the module whose input is the heads' outputs side by side.
+        """
+        block, shape = self.blocks[layer], self.shape
+        width = shape.n_heads * shape.d_head
+        seen: list[tuple[nn.Module, Tensor]] = []
+        handles = [
+            module.register_forward_pre_hook(
+                lambda m, args: seen.append((m, args[0].detach())) if args else None
+            )
+            for module in block.module.modules()
+            if getattr(module, "weight", None) is not None and module.weight.ndim == 2
+        ]
+        prompt = Prompt.from_tokens(probe_ids(self.hf, 6)[0].tolist())
+        reads = Reads([Site.parse(f"z.{layer}")], shape.n_layers, 1)
+        try:
+            nothing = Edits(prompt, (), shape)
+            self.run([prompt], [nothing], reads, lambda *_: [], lambda *_: [], [0])
+        finally:
+            for handle in handles:
+                handle.remove()
+        z = torch.tensor(reads.finish()[f"z.{layer}"].values[0, 0]).reshape(6, width)
+        for module, given in seen:
+            if given.shape[-1] == width and torch.equal(given.reshape(-1, width).float().cpu(), z):
+                weight = module.weight.detach()
+                # transformers' Conv1D keeps its weight as [in, out], torch's Linear as [out, in].
+                weight = weight if type(module).__name__ == "Conv1D" else weight.T
+                return weight.reshape(shape.n_heads, shape.d_head, -1)
+        raise SiteRefused(
+            f"layer {layer} of {type(self.hf).__name__} changes the heads' outputs before it "
+            "projects them (a gate, say), so no matrix takes 'z' to 'attn_out'."
+        )
+
     def run(
         self,
         prompts: Sequence[Prompt],
@@ -224,7 +259,8 @@ class LaneHF:
 
         try:
             for block in self.blocks:
-                for name in ("resid_pre", "resid_mid", "mlp_in", "attn_out", "mlp_out",
+                # In forward order: what attention adds is edited before the stream after it.
+                for name in ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out",
                              "resid_post"):
                     if not needed(block, name):
                         continue

@@ -6,6 +6,7 @@ from typing import Any, Optional, Union
 
 import torch
 import xarray as xr
+from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -176,7 +177,8 @@ class Model:
                 proof, "readable" if verb == "read" else "writable"
             ):
                 others.append(lane)
-        refuse(self._proofs[self.lane], name, verb, self.name, self.lane, others)
+        untried = [lane for lane in LANES if lane not in self._proofs]
+        refuse(self._proofs[self.lane], name, verb, self.name, self.lane, others, untried)
 
     # -- prompts and weights -------------------------------------------------------------------
 
@@ -216,6 +218,15 @@ class Model:
         """
         check_layers(layer, self.n_layers)
         return self._engine("hf").mlp(layer)
+
+    def w_o(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """The output projection of a block, per query head: `z[head] @ w_o[head]` is what a head
+        adds to the residual stream (a bias, and norms after it, aside).
+
+        Raises `SiteRefused` where something lies between the two, such as a gate.
+        """
+        check_layers(layer, self.n_layers)
+        return self._engine("hf").w_o(layer)
 
     def manifest(self) -> dict[str, Any]:
         """What a result must say about the model it came from."""
