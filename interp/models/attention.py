@@ -332,7 +332,10 @@ def _by_rows(
         parts.append(_weighted(p[None].to(v.dtype), v))
     for name, slabs in kept.items():
         if slabs:
-            session.keep(layer, name, torch.cat(slabs, dim=1)[None])
+            # A cache with a sliding window has dropped the earliest keys: columns are positions.
+            fill = float("-inf") if name == "scores" else 0.0
+            rows = torch.cat(slabs, dim=1)
+            session.keep(layer, name, nn.functional.pad(rows, (mask.kv_offset, 0), value=fill)[None])
     return torch.cat(parts, dim=2)
 
 

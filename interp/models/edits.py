@@ -378,5 +378,10 @@ def _pair_value(
     else:
         value = value.expand(-1, int(rows.sum()), -1)
     if value.shape[2] > 1:
-        value = value[:, :, : len(keys)]
+        if value.shape[2] <= int(keys[-1]):
+            raise ValueError(
+                f"the value for site {one.site} has {value.shape[2]} keys, "
+                f"but the pass has {int(keys[-1]) + 1}."
+            )
+        value = value[:, :, keys]
     return value.movedim(1, 0)

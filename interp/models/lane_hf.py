@@ -95,6 +95,25 @@ class LaneHF:
             "'mlp_in'; read 'mlp_in' and 'mlp_out' instead."
         )
 
+    def mlp_stages(self, layer: int) -> Callable[[Tensor], dict[str, Tensor]]:
+        """Every stage of a block's gated MLP as a function of its input, checked by use."""
+        owner = _mlp_owner(self.blocks[layer].module)
+        made = None if owner is None else _gated_stages(owner)
+        if made is not None and owner is not None:
+            probe = torch.randn(3, self.shape.d_model, generator=torch.Generator().manual_seed(0))
+            probe = probe.to(self.device, next(owner.parameters()).dtype)
+            with torch.no_grad():
+                expected, found = first_tensor(owner(probe[None])), made(probe)["output"]
+            if expected is not None and torch.allclose(
+                found.float(), expected.reshape(found.shape).float(), rtol=2e-2,
+                atol=1e-3 * float(expected.abs().max()),
+            ):
+                return made
+        raise SiteRefused(
+            f"the MLP of layer {layer} of {type(self.hf).__name__} is not one gate, one up and one "
+            "down projection; read 'mlp_in' and 'mlp_out' instead."
+        )
+
     def w_o(self, layer: int) -> Tensor:
         """The output projection of a block, per query head: `[head, d_head, d_model]`.
 
@@ -151,7 +170,7 @@ class LaneHF:
         made: list[list[int]] = [[] for _ in prompts]
         cache: Any = None
         now = Pass(0, ids.shape[1])
-        with attend.implementation(self.configs):
+        with attend.implementation(self.configs), _no_earlier_picture(self.hf):
             for step in range(new_tokens + 1):
                 out = self._forward(ids, inputs, now, edits, reads, reducers,
                                     residual_reducers, numbers, cache, new_tokens > 0, logits)
@@ -283,6 +302,23 @@ class LaneHF:
                 handle.remove()
 
 
+@contextmanager
+def _no_earlier_picture(hf: nn.Module) -> Iterator[None]:
+    """Set aside the position offset that Qwen-VL models remember from the last picture they saw.
+
+    They add it to every later decoding step, also after a prompt without a picture.
+    """
+    remembering = [module for module in hf.modules() if "rope_deltas" in vars(module)]
+    before = [module.rope_deltas for module in remembering]
+    try:
+        for module in remembering:
+            module.rope_deltas = None
+        yield
+    finally:
+        for module, offset in zip(remembering, before):
+            module.rope_deltas = offset
+
+
 def _hook(block: Block, name: str, port: tuple[nn.Module, str], act: Callable) -> Any:
     """Read and write one side of a module."""
     module, side = port
@@ -384,16 +420,38 @@ def sink_kind(blocks: Sequence[Block]) -> str:
     return "gated" if children & {"gate", "g_proj", "gate_proj", "linear_gate"} else "none"
 
 
-def _mlp_function(block: Block) -> Optional[Callable[[Tensor], Tensor]]:
-    """A candidate for the block's MLP, by the shapes transformers gives to it; checked by use."""
-    module = block.module
-    inner: Optional[Callable[[Tensor], Any]] = None
-    owner: Optional[nn.Module] = None
+def _mlp_owner(module: nn.Module) -> Optional[nn.Module]:
+    """The module of a block that is its MLP, by the names that transformers gives to it."""
     for name in ("mlp", "feed_forward", "ffn", "ff", "block_sparse_moe"):
         owner = getattr(module, name, None)
         if owner is not None:
-            inner = owner
-            break
+            return owner
+    return None
+
+
+def _gated_stages(owner: nn.Module) -> Optional[Callable[[Tensor], dict[str, Tensor]]]:
+    """A candidate for the stages of a gated MLP; checked by use."""
+    names = ("gate_proj", "up_proj", "down_proj")
+    gate, up, down = (getattr(owner, name, None) for name in names)
+    activation = getattr(owner, "act_fn", None) or getattr(owner, "activation_fn", None)
+    if not (callable(gate) and callable(up) and callable(down) and callable(activation)):
+        return None
+
+    def stages(x: Tensor) -> dict[str, Tensor]:
+        lifted, gated = up(x), gate(x)
+        activated = activation(gated)
+        product = activated * lifted
+        return {"input": x, "up": lifted, "gate": gated, "activated": activated,
+                "product": product, "output": down(product)}
+
+    return stages
+
+
+def _mlp_function(block: Block) -> Optional[Callable[[Tensor], Tensor]]:
+    """A candidate for the block's MLP, by the shapes transformers gives to it; checked by use."""
+    module = block.module
+    owner = _mlp_owner(module)
+    inner: Optional[Callable[[Tensor], Any]] = owner
     if inner is None and hasattr(module, "fc1") and hasattr(module, "fc2"):
         activation = module.activation_fn
         return lambda x: module.fc2(activation(module.fc1(x)))

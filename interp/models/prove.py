@@ -147,16 +147,22 @@ def _disturb(
 
 
 def refuse(
-    proofs: Mapping[str, Proof], name: str, verb: str, model: str, lane: str, others: list[str]
+    proofs: Mapping[str, Proof], name: str, verb: str, model: str, lane: str, others: list[str],
+    untried: list[str],
 ) -> None:
-    """Raise `SiteRefused` if this lane has not proven it can do `verb` ("read" or "write")."""
+    """Raise `SiteRefused` if this lane has not proven it can do `verb` ("read" or "write").
+
+    `others` are lanes that have proven it, `untried` those that nobody has asked yet.
+    """
     proof = proofs.get("resid_pre" if name == "embed" else name)
     if proof is None or getattr(proof, "readable" if verb == "read" else "writable"):
         return
-    advice = (
-        f"Use lane {' or '.join(repr(o) for o in others)}, where the same was proven."
-        if others else "No lane of this model has proven it."
-    )
+    if others:
+        advice = f"Use lane {' or '.join(repr(o) for o in others)}, where the same was proven."
+    elif untried:
+        advice = f"Try lane {untried[0]!r}: model.using({untried[0]!r})."
+    else:
+        advice = "No lane of this model has proven it."
     raise SiteRefused(
         f"cannot {verb} {name!r} on {model} in lane {lane!r}: {proof.reason}.\n  {advice}"
     )

@@ -1,0 +1,497 @@
+"""TransformerLens' TransformerBridge over the same weights, read and written at its hook points.
+
+No table of hook names is trusted: a short pass is recorded and a site is mapped to the hook whose
+value satisfies the equation that defines it; whatever no hook holds is unavailable, with the reason.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, Optional
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from interp.core.errors import ModelRefused, SiteRefused
+from interp.core.prompt import Prompt
+from interp.core.site import NAMES, Site
+from interp.models.attention import check_rows
+from interp.models.bridge_sites import Found, candidates, solve
+from interp.models.edits import Edits, Pass
+from interp.models.lane_hf import LaneHF, probe_ids, shape_of, sink_kind
+from interp.models.run import Reads
+from interp.stream.tiles import Tile
+
+ORDER = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post",
+         "q", "k", "v", "z")
+
+
+class LaneBridge(LaneHF):
+    """Runs prompts through the bridge; the same reads, writes and statistics as lane "hf".
+
+    Whole rows of attention are always made here, so this lane is for short prompts. `bridge` is
+    the `TransformerBridge` itself: a copy of the modules around the same parameters and buffers.
+
+    Raises `ModelRefused` if TransformerLens does not know the architecture, cannot use the weights
+    in place, or does not give the logits that the model itself gives.
+    """
+
+    name = "bridge"
+
+    def __init__(self, hf: nn.Module, tokenizer: Any, name: str) -> None:
+        self.plain = hf
+        self.bridge = build(hf, tokenizer, name)
+        self.hf = self.bridge.original_model
+        self.configs: list[Any] = []
+        self.device = next(hf.parameters()).device
+        modules = list(self.bridge.blocks)
+        self.blocks = modules  # type: ignore[assignment]
+        self.shape = shape_of(modules, hf)
+        self.sink_kind = sink_kind(
+            [SimpleNamespace(attention=modules[0].attn.original_component)]  # type: ignore[list-item]
+        )
+        self._values: dict[int, Tensor] = {}
+        self._check_logits(name)
+        self.sites, self.causal = self._find()
+        self._missing = {
+            site: next(iter(reasons)) for site in NAMES
+            if (reasons := [f.missing[site] for f in self.sites if site in f.missing])
+        }
+        self._compare()
+
+    def hook(self, layer: int, site: str) -> Optional[str]:
+        """The full name of the TransformerLens hook that holds a site, None if there is none."""
+        found = self.sites[layer].hooks.get("resid_pre" if site == "embed" else site)
+        return None if found is None else f"blocks.{layer}.{found}"
+
+    def unavailable(self, name: str) -> Optional[str]:
+        """Why no hook of TransformerLens holds a site, None if one does."""
+        return self._missing.get("resid_pre" if name == "embed" else name)
+
+    def mlp(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """As in lane "hf": the modules are the same."""
+        return LaneHF(self.plain).mlp(layer)
+
+    def run(self, *args: Any, **kwargs: Any) -> tuple[list[Optional[Tensor]], list[list[int]]]:
+        """As `LaneHF.run`."""
+        if self.bridge.compatibility_mode:
+            raise ModelRefused(
+                "the bridge of this model was put into compatibility mode, which changes its "
+                "weights; open the model again, and use a TransformerBridge of your own for that."
+            )
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            self._values = {}
+
+    # -- opening -----------------------------------------------------------------------------
+
+    def _check_logits(self, name: str) -> None:
+        ids = probe_ids(self.plain, 6)
+        with torch.no_grad():
+            ours, theirs = (
+                getattr(one(input_ids=ids), "logits", None) for one in (self.hf, self.plain)
+            )
+        if ours is None or theirs is None:
+            return
+        gap = float((ours - theirs).float().square().mean().sqrt() / theirs.float().std())
+        if not gap <= (1e-3 if theirs.dtype in (torch.float32, torch.float64) else 5e-2):
+            raise ModelRefused(
+                f"TransformerLens does not reproduce {name} ({type(self.plain).__name__}): its "
+                f"logits are off by {gap:.2g} of their spread. Use lane='hf'."
+            )
+
+    def _find(self) -> tuple[list[Found], bool]:
+        """Which hook holds which site, block by block, from one recorded pass."""
+        ids = probe_ids(self.plain, 6)
+        seen: list[dict[str, list[Tensor]]] = [{} for _ in self.blocks]
+        known, wanted = self.bridge.hook_dict, []
+        for layer in range(len(self.blocks)):
+            for name in candidates():
+                if f"blocks.{layer}.{name}" in known:
+                    def record(x: Any, hook: Any, layer: int = layer, name: str = name) -> None:
+                        if isinstance(x, Tensor):
+                            seen[layer].setdefault(name, []).append(x.detach().float().clone())
+                    wanted.append((f"blocks.{layer}.{name}", record))
+        with torch.no_grad(), self.bridge.hooks(fwd_hooks=wanted):
+            self.hf(input_ids=ids)
+        softcap = getattr(self.plain.config.get_text_config(), "attn_logit_softcapping", None)
+        exact = next(self.plain.parameters()).dtype in (torch.float32, torch.float64)
+        found = [
+            solve(values, self.shape, softcap, 1e-3 if exact else 3e-2, type(block.attn).__name__)
+            for values, block in zip(seen, self.blocks)
+        ]
+        patterns = [v["attn.hook_pattern"][0] for v in seen if "attn.hook_pattern" in v]
+        return found, not any(bool(p.triu(1).gt(0).any()) for p in patterns)
+
+    def _compare(self) -> None:
+        """Drop sites whose values differ from those of lane "hf", where that lane exists."""
+        try:
+            others = LaneHF(self.plain)
+            if others.shape != self.shape:
+                return
+            mine, theirs = self._read(self), self._read(others)
+        except (ModelRefused, SiteRefused):
+            return
+        exact = next(self.plain.parameters()).dtype in (torch.float32, torch.float64)
+        for name in mine.keys() & theirs.keys():
+            a, b = (x[name].nan_to_num(0.0, 0.0, 0.0) for x in (mine, theirs))
+            if not bool((a - b).abs().max() <= (1e-3 if exact else 1e-1) * b.abs().max()):
+                self._missing[name] = (
+                    f"what {self.hook(0, name)} of TransformerLens holds is not what the model's "
+                    "own attention or residual stream holds"
+                )
+
+    def _read(self, lane: LaneHF) -> dict[str, Tensor]:
+        names = [n for n in NAMES if self.unavailable(n) is None and lane.unavailable(n) is None]
+        prompt = Prompt.from_tokens(probe_ids(self.plain, 6)[0].tolist())
+        reads = Reads([Site.parse(n) for n in names], self.shape.n_layers, 1)
+        nothing = Edits(prompt, (), self.shape)
+        lane.run([prompt], [nothing], reads, lambda *_: [], lambda *_: [], [0])
+        return {name: torch.tensor(a.values) for name, a in reads.finish().items()}
+
+    # -- running -----------------------------------------------------------------------------
+
+    def _forward(
+        self, ids: Tensor, inputs: dict, now: Pass, edits: Sequence[Edits], reads: Reads,
+        reducers: Callable, residual_reducers: Callable, numbers: Sequence[int], cache: Any,
+        use_cache: bool, logits: str,
+    ) -> Any:
+        more: dict[str, Any] = {"use_cache": use_cache}
+        if cache is not None:
+            more["past_key_values"] = cache
+        if logits in ("last", "none"):
+            more["logits_to_keep"] = 1
+        if not now.decoding:
+            self._values = {}
+        hooks = _Hooks(self, now, edits, reads, reducers, residual_reducers, numbers)
+        with hooks.attached(), torch.no_grad():
+            return self._call(ids, inputs, more)
+
+
+class _Hooks:
+    """The hook functions of one forward pass of a batch of prompts."""
+
+    def __init__(
+        self, lane: LaneBridge, now: Pass, edits: Sequence[Edits], reads: Reads,
+        reducers: Callable, residual_reducers: Callable, numbers: Sequence[int],
+    ) -> None:
+        self.lane, self.now, self.edits, self.reads = lane, now, edits, reads
+        self.reducers, self.residual_reducers, self.numbers = reducers, residual_reducers, numbers
+        self.masks: dict[int, Optional[Tensor]] = {}
+        self.before: dict[int, Tensor] = {}
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Attach what this pass needs, and detach it whatever happens."""
+        functions: list[tuple[str, Callable]] = []
+        handles: list[Any] = []
+        try:
+            for layer in range(self.lane.shape.n_layers):
+                plan = self._plan(layer)
+                for site, function in plan:
+                    name = self.lane.hook(layer, site)
+                    if name is None or self.lane.unavailable(site) is not None:
+                        raise SiteRefused(
+                            f"cannot reach {site!r} in layer {layer} through TransformerLens: "
+                            f"{self.lane.unavailable(site)}; use lane 'hf'."
+                        )
+                    functions.append((name, function))
+                if any(site in ("scores", "pattern") for site, _ in plan):
+                    attention = self.lane.blocks[layer].attn  # type: ignore[attr-defined]
+                    handles.append(attention.register_forward_pre_hook(
+                        self._remember_mask(layer), with_kwargs=True
+                    ))
+            with warnings.catch_warnings(), self.lane.bridge.hooks(fwd_hooks=functions):
+                # TransformerLens warns that such an edit does nothing; the proof refuses it.
+                warnings.filterwarnings("ignore", message="A hook on .* returned a modified")
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _plan(self, layer: int) -> list[tuple[str, Callable]]:
+        plan: list[tuple[str, Callable]] = []
+        counted = bool(self.reducers(self.numbers[0], layer))
+        # The stream between the halves of a block is read twice, by the norm and by the second
+        # sum: it is written through what attention adds, which enters both.
+        middle = self._writes(layer, "resid_mid") and self.lane.sites[layer].kind == "sequential"
+        for site in ORDER:
+            if site == "resid_mid" and middle:
+                continue
+            extra = middle and site in ("resid_pre", "attn_out") or counted and site == "v"
+            extra |= site == "resid_post" and bool(self.residual_reducers(self.numbers[0], layer))
+            if extra or self._writes(layer, site) or self.reads.want(layer, site):
+                if site == "v" and counted and self.lane.unavailable("v"):
+                    continue
+                plan.append((site, self._stream(layer, site, middle)))
+        if self.reads.want(layer, "scores") or any(
+            e.blocks(layer) or e.edits_scores(layer) for e in self.edits
+        ):
+            plan.append(("scores", self._scores(layer)))
+        if counted or self.reads.want(layer, "pattern") or any(
+            e.edits_pattern(layer) for e in self.edits
+        ):
+            plan.append(("pattern", self._pattern(layer)))
+        return plan
+
+    def _writes(self, layer: int, site: str) -> bool:
+        return any(one.writes(layer, site) for one in self.edits)
+
+    def _act(self, layer: int, site: str, x: Tensor) -> Tensor:
+        """Write, then read `[prompt, position, ...]`."""
+        if x.shape[:2] != (len(self.edits), self.now.length):
+            raise SiteRefused(
+                f"{self.lane.hook(layer, site)} gave {tuple(x.shape)} where "
+                f"{(len(self.edits), self.now.length)} [prompt, position] was expected; "
+                "use lane 'hf'."
+            )
+        if self._writes(layer, site):
+            x = torch.stack([e.apply(layer, site, r, self.now) for e, r in zip(self.edits, x)])
+        for number, row in zip(self.numbers, x):
+            if self.reads.want(layer, site):
+                self.reads.add(number, layer, site, row)
+            if site == "resid_post":
+                for reducer in self.residual_reducers(number, layer):
+                    reducer.add(row, self.now.start)
+        return x
+
+    def _stream(self, layer: int, site: str, middle: bool) -> Callable:
+        def function(x: Tensor, hook: Any) -> Tensor:
+            new = self._act(layer, site, x)
+            if middle and site == "resid_pre":
+                self.before[layer] = new
+            if middle and site == "attn_out":
+                before = self.before.pop(layer)
+                new = self._act(layer, "resid_mid", before + new) - before
+            if site == "v":
+                earlier = self.lane._values.get(layer)
+                together = new if earlier is None else torch.cat([earlier, new], 1)
+                self.lane._values[layer] = together
+            return new
+
+        return function
+
+    def _scores(self, layer: int) -> Callable:
+        def function(x: Tensor, hook: Any) -> Optional[Tensor]:
+            made, changed = [], False
+            for row, (number, edits) in enumerate(zip(self.numbers, self.edits)):
+                queries, keys, seen = self._seen(layer, row, x)
+                scores = x[row].masked_fill(~seen, float("-inf"))
+                if edits.edits_scores(layer):
+                    scores = edits.pattern(layer, scores, queries, keys, seen, self.now, "scores")
+                changed |= edits.blocks(layer) or edits.edits_scores(layer)
+                if self.reads.want(layer, "scores"):
+                    whole = nn.functional.pad(scores, (int(keys[0]), 0), value=float("-inf"))
+                    self.reads.add(number, layer, "scores", whole)
+                made.append(scores)
+            return torch.stack(made) if changed else None
+
+        return function
+
+    def _pattern(self, layer: int) -> Callable:
+        def function(x: Tensor, hook: Any) -> Optional[Tensor]:
+            made, changed = [], False
+            for row, (number, edits) in enumerate(zip(self.numbers, self.edits)):
+                queries, keys, seen = self._seen(layer, row, x)
+                p = x[row]
+                if edits.edits_pattern(layer):
+                    p = edits.pattern(layer, p, queries, keys, seen, self.now)
+                    changed = True
+                if self.reads.want(layer, "pattern"):
+                    whole = nn.functional.pad(p, (int(keys[0]), 0))
+                    self.reads.add(number, layer, "pattern", whole)
+                made.append(p)
+                reducers = self.reducers(number, layer)
+                if reducers:
+                    value = self.lane._values.get(layer)
+                    if value is not None:
+                        value = value[row, -len(keys) :].transpose(0, 1)[None].float()
+                    tile = Tile(p[None].float(), queries, keys, seen[None], value, layer)
+                    for reducer in reducers:
+                        reducer.add(tile)
+            return torch.stack(made) if changed else None
+
+        return function
+
+    def _remember_mask(self, layer: int) -> Callable:
+        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            mask = kwargs.get("attention_mask")
+            others = [x for x in args[1:] if isinstance(x, Tensor) and x.ndim == 4]
+            self.masks[layer] = mask if mask is not None else next(iter(others), None)
+
+        return before
+
+    def _seen(
+        self, layer: int, row: int, x: Float[Tensor, "batch head query key"]
+    ) -> tuple[Tensor, Tensor, Bool[Tensor, "#head query key"]]:
+        """Absolute positions of queries and keys, and which edges are open."""
+        end = self.now.start + self.now.length
+        queries = self.now.positions(x.device)
+        # A cache with a sliding window has dropped the earliest keys.
+        keys = torch.arange(end - x.shape[-1], end, device=x.device)
+        mask = self.masks.get(layer)
+        if mask is None:
+            seen = keys[None] <= queries[:, None]
+            seen = (seen if self.lane.causal else torch.ones_like(seen))[None]
+        else:
+            seen = mask[row % mask.shape[0], :, -len(queries) :, : len(keys)].to(x.device)
+            if seen.dtype != torch.bool:
+                seen = seen > torch.finfo(seen.dtype).min / 2
+        open_ = self.edits[row].visible(layer, queries, keys, self.now)
+        if open_ is not None:
+            seen = seen & open_
+            check_rows(seen, queries)
+        return queries, keys, seen
+
+
+# -- building a bridge ---------------------------------------------------------------------------
+
+
+def build(hf: nn.Module, tokenizer: Any, name: str) -> Any:
+    """A `TransformerBridge` around a copy of the modules that shares every parameter and buffer.
+
+    Raises `ModelRefused` where TransformerLens cannot bridge the model on the weights in place.
+    """
+    architecture = type(hf).__name__
+    with nothing_installed(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformer_lens.model_bridge.sources import build_bridge_from_module
+        from transformer_lens.utilities.attn_implementation import force_eager_attention
+
+        try:
+            copied = shared_copy(hf)
+            force_eager_attention(copied)
+            if not isinstance(tokenizer, PreTrainedTokenizerBase):
+                tokenizer = None
+            bridge = build_bridge_from_module(
+                copied, architecture, hf_config=copy.deepcopy(copied.config),
+                tokenizer=copy.deepcopy(tokenizer), model_name=name,
+            )
+        except Exception as error:
+            raise ModelRefused(
+                f"TransformerLens cannot bridge {name} ({architecture}): {_sentence(error)}. "
+                "Use lane='hf'."
+            ) from error
+    blocks = list(getattr(bridge, "blocks", ()))
+    lacking = [i for i, b in enumerate(blocks) if "attn" not in b._modules]
+    if not blocks or lacking:
+        where = f"layer {lacking[0]} has no attention" if lacking else "it has no list of blocks"
+        raise ModelRefused(
+            f"TransformerLens bridges {name} ({architecture}), but {where}, so its layers cannot "
+            "be numbered as here. Use lane='hf'."
+        )
+    _share_slices(bridge, hf, name)
+    return bridge
+
+
+def shared_copy(hf: nn.Module) -> nn.Module:
+    """The modules and the config copied, every parameter and buffer the same object."""
+    return copy.deepcopy(hf, {id(x): x for x in (*hf.parameters(), *hf.buffers())})
+
+
+@contextmanager
+def nothing_installed() -> Iterator[None]:
+    """Keep TransformerLens from running pip and from loading the tokenizer once more.
+
+    Its adapters of vision models ask for torchvision only to load an image processor, which
+    `interp.open_model` has loaded itself.
+    """
+    from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+    from transformer_lens.model_bridge.sources import _hf_format
+    from transformer_lens.model_bridge.sources.transformers import helpers
+
+    check = ArchitectureAdapter._check_required_libraries
+
+    def without_torchvision(adapter: Any) -> None:
+        asked = adapter.required_libraries
+        adapter.required_libraries = [name for name in asked if name != "torchvision"]
+        check(adapter)
+
+    replaced = (
+        (helpers, "_ensure_torchvision", lambda: False),
+        (_hf_format, "get_tokenizer_with_bos", lambda tokenizer: tokenizer),
+        (ArchitectureAdapter, "_check_required_libraries", without_torchvision),
+    )
+    before = [getattr(owner, name) for owner, name, _ in replaced]
+    try:
+        for owner, name, new in replaced:
+            setattr(owner, name, new)
+        yield
+    finally:
+        for (owner, name, _), old in zip(replaced, before):
+            setattr(owner, name, old)
+
+
+class _Slice(nn.Module):
+    """The rows of a fused projection that make q, k or v, cut from the live weight at each use."""
+
+    def __init__(self, fused: nn.Module, rows: Tensor, transposed: bool) -> None:
+        super().__init__()
+        self._fused = (fused,)  # In a tuple: not a child, so no parameter is listed twice.
+        self.transposed = transposed
+        self.register_buffer("rows", rows, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        weight = self._fused[0].weight
+        return (weight.T if self.transposed else weight)[self.rows]
+
+    @property
+    def bias(self) -> Optional[Tensor]:
+        bias = getattr(self._fused[0], "bias", None)
+        return None if bias is None else bias[self.rows]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def _share_slices(bridge: Any, hf: nn.Module, name: str) -> None:
+    """Replace the copies that TransformerLens makes of q, k and v in fused projections."""
+    shared = {x.untyped_storage().data_ptr() for x in (*hf.parameters(), *hf.buffers())}
+
+    def copies(module: nn.Module) -> list[str]:
+        return [n for n, p in nn.Module.named_parameters(module)
+                if p.untyped_storage().data_ptr() not in shared]
+
+    for block in bridge.blocks:
+        if copies(block.attn) and hasattr(block.attn, "split_qkv_matrix"):
+            fused = block.attn.qkv.original_component
+            transposed = type(fused).__name__ == "Conv1D"
+            for part, rows in zip("qkv", _rows(block.attn, fused, transposed)):
+                piece = getattr(block.attn, part)
+                live = _Slice(fused, rows, transposed)
+                if torch.equal(live.weight, piece.original_component.weight):
+                    piece.set_original_component(live)
+    left = copies(bridge)
+    if left:
+        raise ModelRefused(
+            f"TransformerLens makes its own copy of weights of {name} ({left[0]}), which would no "
+            "longer follow the model's. Use lane='hf'."
+        )
+
+
+def _rows(attention: Any, fused: Any, transposed: bool) -> list[Tensor]:
+    """Which outputs of a fused projection are q, k and v: split numbers instead of weights."""
+    kept = dict(fused._parameters)
+    size = fused.weight.shape[-1 if transposed else 0]
+    marks = torch.arange(size, dtype=torch.float64, device=fused.weight.device)
+    numbered = marks.expand(fused.weight.shape) if transposed else marks[:, None].expand(
+        fused.weight.shape
+    )
+    try:
+        fused._parameters["weight"] = nn.Parameter(numbered, requires_grad=False)
+        if kept.get("bias") is not None:
+            fused._parameters["bias"] = nn.Parameter(marks, requires_grad=False)
+        parts = attention.split_qkv_matrix(attention.original_component)
+    finally:
+        fused._parameters.update(kept)
+    return [part.weight.detach()[:, 0].long() for part in parts]
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).split(". ")[0].rstrip(".")[:200]
