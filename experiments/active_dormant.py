@@ -17,6 +17,7 @@ import interp
 from experiments import _statistics as statistics
 from experiments._output import Output
 from experiments._paper import Paper, Settings
+from experiments._texts import code, knows, prose
 from interp.core import Claim, Prompt, Result
 from interp.figures import heat, layer_curve
 from interp.figures.style import PAGE, canvas, color
@@ -45,48 +46,10 @@ PAPER = Paper(
 )
 SOURCE = PAPER.sources[0]
 
-PLACES = ("harbor", "market", "orchard", "station", "valley", "library", "kitchen", "bridge")
-WEATHER = ("warm", "cold", "windy", "quiet", "bright", "grey", "dry", "stormy")
-
-
-def prose(count: int, rng: np.random.Generator) -> list[str]:
-    """Short plain sentences."""
-    made = []
-    for _ in range(count):
-        a, b = rng.choice(PLACES, 2, replace=False)
-        made.append(
-            f"The {a} was {rng.choice(WEATHER)} in the morning, and by noon everyone had walked "
-            f"to the {b}. Nobody remembered who had closed the gate, but the {b} stayed "
-            f"{rng.choice(WEATHER)} until evening. They talked about the journey home."
-        )
-    return made
-
-
-def code(count: int, rng: np.random.Generator) -> list[str]:
-    """Short functions."""
-    made = []
-    for _ in range(count):
-        a, b = rng.choice(PLACES, 2, replace=False)
-        k = int(rng.integers(2, 9))
-        made.append(
-            f"def {a}_{b}(items, limit={k}):\n    total = 0\n    for i, item in enumerate(items):\n"
-            f"        if item['{a}'] > limit:\n            total += item['{b}'] * {k}\n"
-            f"    return {{'{b}': total, 'count': len(items)}}\n"
-        )
-    return made
-
-
-def is_backcopy(model: Any) -> bool:
-    """Whether the model knows the Bigram-Backcopy task, by its vocabulary."""
-    if model.tokenizer is None or model.d_vocab != backcopy.VOCABULARY:
-        return False
-    return model.tokenizer.get_vocab() == backcopy.tokenizer().get_vocab()
-
-
 def run(settings: Settings, out: Output) -> None:
     for name in settings.models(PAPER):
         model = interp.open_model(name, **settings.opening())
-        if is_backcopy(model):
+        if knows(model, backcopy):
             _task(model, settings, out)
         else:
             _any(model, settings, out)
@@ -223,7 +186,8 @@ def _any(model: Any, settings: Settings, out: Output) -> None:
         out.claim(Claim.untestable("Heads rest on the first token.", SOURCE, reason), model.name)
         return
     count = settings.pick(24, tiny=8)
-    texts = {"code": code(count, settings.rng(4)), "prose": prose(count, settings.rng(5))}
+    rng = settings.rng(4)
+    texts = {"code": [code(rng) for _ in range(count)], "prose": [prose(rng) for _ in range(count)]}
     domains = {name: [model.prompt(text) for text in many] for name, many in texts.items()}
     # Equal lengths: the first token's share depends on how many keys there are.
     shortest = min(len(p) for many in domains.values() for p in many)

@@ -7,14 +7,21 @@ Measure   alpha_k, the mean attention that key k receives from the queries that 
 Cause     block the first key: attention must move on and the logits must change
 """
 
+from collections.abc import Sequence
 from typing import Literal, Optional, SupportsFloat
 
 import numpy as np
 import torch
+import xarray as xr
 from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
 from torch import Tensor
 
-from interp.core.errors import NumericalError, OutOfRange
+from interp.core import Prompt, Result, block
+from interp.core.errors import NumericalError, OutOfRange, PromptError
+from interp.figures import heat
+from interp.models.model import Model
+from interp.stream.reducers import Received
 
 Queries = Literal["self", "later"]
 
@@ -192,3 +199,131 @@ def norm_ratio(
         )
     return norm[..., position] / norm[..., position + 1 :].mean(-1)
 
+
+
+def measure(model: Model, prompts: Sequence[Prompt], *, queries: Queries = "self") -> Result:
+    """Attention received by every key, and norms of residual, keys and values, in every layer.
+
+    Example:
+        >>> import interp
+        >>> model = interp.open_model("backcopy-1l")
+        >>> found = measure(model, [Prompt.from_tokens(range(8)), Prompt.from_tokens(range(8, 16))])
+        >>> found["alpha"].dims
+        ('prompt', 'layer', 'head', 'key')
+
+    Args:
+        prompts: of one length: alpha falls with the length and may not be averaged over it.
+
+    Returns:
+        `alpha`; `alpha_normalized` and `external` [prompt, layer, head] where rows sum to less
+        than one (learned sink logits); `residual_norm` (block input), `key_norm`, `value_norm`
+        [prompt, layer, (kv_head,) position]; `angle` and `query_norm` [prompt, layer, head]:
+        mean cosine of later queries to the first key.
+
+    Raises:
+        PromptError: prompts of different lengths.
+
+    Source: arXiv:2410.10781; keys after position encoding, residual before the block.
+    """
+    lengths = {len(prompt) for prompt in prompts}
+    if len(lengths) != 1:
+        raise PromptError(
+            f"prompts of one length are needed, not {sorted(lengths) or 'none'}: the attention a "
+            "key receives falls with the length."
+        )
+    read = ("resid_pre", "q", "k", "v")
+    run = model.run(prompts, read=read, stats=[Received(queries=queries)], logits="none")
+    q, k, v = (run.reads[name] for name in "qkv")
+    group = model.n_heads // model.n_kv_heads
+    shared = k.isel(position=0, kv_head=np.repeat(np.arange(model.n_kv_heads), group))
+    first = shared.rename(kv_head="head")
+    later = q.isel(position=slice(1, None))
+    cosine = (later * first).sum("d_head") / (_norm(later) * _norm(first))
+    data = xr.Dataset({
+        "alpha": run.stats["received"],
+        "residual_norm": _norm(run.reads["resid_pre"], "d_model"),
+        "key_norm": _norm(k), "value_norm": _norm(v),
+        "angle": cosine.mean("position"), "query_norm": _norm(later).mean("position"),
+    })
+    if model.sink_kind == "learned":
+        more = model.run(prompts, stats=[Received(queries=queries, normalize=True)], logits="none")
+        data["alpha_normalized"] = more.stats["received"]
+        deficit = model.run(prompts, stats="row_deficit", logits="none").stats["row_deficit"]
+        data["external"] = deficit.mean("query")
+    return Result(data, {
+        **model.manifest(), "measure": "first_token", "queries": queries,
+        "length": lengths.pop(), "n_prompts": len(prompts),
+    })
+
+
+def _norm(array: xr.DataArray, axis: str = "d_head") -> xr.DataArray:
+    return (array**2).sum(axis, skipna=False) ** 0.5
+
+
+def intervene(
+    model: Model,
+    prompts: Sequence[Prompt],
+    n_first: Sequence[int] = (1, 2, 4),
+    *,
+    control_seeds: int = 5,
+    seed: int = 0,
+) -> Result:
+    """Hide the first tokens from later queries: how much worse is the text predicted?
+
+    Example:
+        >>> import interp
+        >>> model = interp.open_model("backcopy-1l")
+        >>> intervene(model, [Prompt.from_tokens(range(20))], (1,))["loss"].dims
+        ('prompt', 'n_first')
+
+    Losses are means over the second half of the prompt, whose queries lose the keys 0 to n - 1
+    (position ids stay as they are). The matched control hides n random keys from among those of
+    the first half that are not hidden, for the same queries, `control_seeds` times.
+
+    Returns:
+        `baseline` [prompt], `loss` [prompt, n_first], `control` [sample, prompt, n_first]: mean
+        cross-entropy in nats.
+
+    Source: arXiv:2309.17453 (masking in place of dropping from the cache).
+    """
+    rng = np.random.default_rng(seed)
+    sizes = sorted({int(n) for n in n_first})
+    shortest = min(map(len, prompts)) if prompts else 0
+    if not sizes or sizes[0] < 1 or shortest < 4 * max(sizes):
+        raise PromptError(
+            f"hiding {sizes} first tokens needs prompts of at least {4 * max(sizes, default=1)} "
+            f"tokens, not {shortest}."
+        )
+
+    def late_loss(keys: Sequence[Sequence[int]]) -> np.ndarray:
+        found = []
+        for prompt, hidden in zip(prompts, keys):
+            start = len(prompt) // 2
+            write = [block(slice(start, None), list(hidden))] if len(hidden) else []
+            logits = model.run(prompt, write=write).logits[0]
+            target = torch.tensor(prompt.ids[start + 1 :])
+            known = logits[start : len(prompt) - 1].log_softmax(-1)
+            found.append(-float(known.gather(-1, target[:, None]).mean()))
+        return np.array(found)
+
+    baseline = late_loss([()] * len(prompts))
+    loss = np.stack([late_loss([range(n)] * len(prompts)) for n in sizes], -1)
+    control = np.stack([
+        np.stack([
+            late_loss([rng.choice(np.arange(n, len(p) // 2), n, replace=False) for p in prompts])
+            for n in sizes
+        ], -1)
+        for _ in range(control_seeds)
+    ])
+    data = xr.Dataset({
+        "baseline": ("prompt", baseline), "loss": (("prompt", "n_first"), loss),
+        "control": (("sample", "prompt", "n_first"), control),
+    }, {"n_first": sizes})
+    return Result(data, {**model.manifest(), "operation": "block", "control": "random early keys",
+                         "control_seeds": control_seeds, "seed": seed})
+
+
+def draw(found: Result, ax: Axes, key: int = 0) -> Axes:
+    """Head map of the attention that one key receives, averaged over prompts."""
+    values = found["alpha"].isel(key=key).mean("prompt")
+    return heat.draw(ax, values, label=f"attention received by token {key}", limits=(0, 1))
