@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp.core.errors import NumericalError, OutOfRange
+from interp.stream.rows import move_mass
 
 Keys = slice | Sequence[SupportsIndex] | np.ndarray | Tensor
 """Key positions: a slice, positions, or a boolean mask."""
@@ -101,15 +102,8 @@ def redistribute(
     is_sink = key_mask(sinks, n_keys)
     gives = is_sink if sources is None else is_sink & key_mask(sources, n_keys)
     receives = (key_mask(destination, n_keys) & ~is_sink).to(weights.device)
-    gives = gives.to(weights.device)
-    budget = moved * (weights * gives).sum(-1, keepdim=True)
-    base = weights * receives
-    total = base.sum(-1, keepdim=True)
-    # A destination without any mass has no proportions to follow: such rows stay as they are.
-    edit = torch.as_tensor(rows, device=weights.device)[..., None] & (total > 0) & (budget > 0)
-    gained = budget * base / torch.where(total > 0, total, torch.ones_like(total))
-    changed = torch.where(gives, weights * (1 - moved), weights) + gained
-    return torch.where(edit, changed, weights).to(given.dtype)
+    chosen = torch.as_tensor(rows, device=weights.device)
+    return move_mass(weights, chosen, gives.to(weights.device), receives, moved).to(given.dtype)
 
 
 def fraction_moved(fraction: SupportsFloat, convention: Convention = "paper") -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from interp.causal.redistribute import Convention, Keys, key_mask
 from interp.core.errors import NumericalError
+from interp.stream.rows import image_centric_rows
 
 CODE_EPSILON = 1e-6
 """Added to every visual token's attention in the denominator of the released code."""
@@ -98,14 +99,15 @@ def select(
             raise ValueError(f"{name} must lie between 0 and 1, not {value}.")
     weights = _checked(attention)
     n_queries, n_keys = weights.shape[-2:]
-    on_image = image_mass(weights, image)
+    visual = key_mask(image, n_keys)
     if convention == "paper":
-        chosen = nonsink_share(weights, image, sinks) >= share
+        sink = key_mask(sinks, n_keys).to(weights.device)
+        chosen = image_centric_rows(weights, visual.to(weights.device), sink, share, mass)
     else:
-        visual = key_mask(image, n_keys)
+        on_image = image_mass(weights, image)
         on_sinks = (weights * (visual & key_mask(sinks, n_keys)).to(weights.device)).sum(-1)
         chosen = on_sinks / (on_image + CODE_EPSILON * int(visual.sum())) <= share
-    chosen = chosen & (on_image >= mass)
+        chosen = chosen & (on_image >= mass)
     if queries is not None:
         chosen = chosen & key_mask(queries, n_queries).to(chosen.device)
     return chosen

@@ -26,6 +26,7 @@ from interp.models.prove import Proof, is_causal, prove, refuse, sites_with
 from interp.models.run import Reads, Run, first_bad_layer, stack_labelled
 from interp.stream import reducers as attention_statistics
 from interp.stream import residual as residual_statistics
+from interp.stream.per_layer import PerLayer
 
 Prompts = Union[Prompt, str, Iterable[Union[Prompt, str]]]
 LANES = ("hf", "bridge")
@@ -219,6 +220,15 @@ class Model:
         check_layers(layer, self.n_layers)
         return self._engine("hf").mlp(layer)
 
+    def mlp_stages(self, layer: int) -> Callable[[Tensor], dict[str, Tensor]]:
+        """The stages of a block's gated MLP as a function of `mlp_in` `[..., d_model]`: input, up,
+        gate, activated, product, output (before a norm that may follow).
+
+        Raises `SiteRefused` where the MLP is not of this kind (no gate, experts, fused weights).
+        """
+        check_layers(layer, self.n_layers)
+        return self._engine("hf").mlp_stages(layer)
+
     def w_o(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """The output projection of a block, per query head: `z[head] @ w_o[head]` is what a head
         adds to the residual stream (a bias, and norms after it, aside).
@@ -386,8 +396,12 @@ class _Statistics:
             for name, (of, one) in self.asked.items():
                 if of != kind:
                     continue
-                reducer = self._by_name(name, prompt) if isinstance(one, str) else None
-                reducer = copy.deepcopy(one) if reducer is None else reducer
+                if isinstance(one, str):
+                    reducer = self._by_name(name, prompt)
+                elif isinstance(one, PerLayer):
+                    reducer = one.make(prompt, layer)
+                else:
+                    reducer = copy.deepcopy(one)
                 length = len(self.prompts[prompt]) + max(self.new_tokens, 0)
                 if kind == "attention":
                     reducer.start(n_heads=self.n_heads, n_queries=length, n_keys=length)

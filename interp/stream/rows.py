@@ -29,7 +29,7 @@ def image_centric_rows(
     mass = attention[..., image].sum(-1)
     free = attention[..., image & ~sinks].sum(-1)
     share = free / mass.clamp_min(1e-12)
-    return (mass >= min_image_mass) & (share >= min_nonsink_share) & (mass > 0)
+    return (mass >= min_image_mass) & (share >= min_nonsink_share)
 
 
 def move_mass(
