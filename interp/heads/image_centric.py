@@ -6,15 +6,23 @@ Measure   r, the non-sink share of the attention on the image, among heads with 
 Cause     redistribute the sinks' attention in these heads only (`interp.causal.redistribute`)
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Optional, SupportsFloat
 
 import numpy as np
 import torch
+import xarray as xr
 from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from interp.causal.redistribute import Convention, Keys, key_mask
-from interp.core.errors import NumericalError
+from interp.core import Prompt, Result
+from interp.core.errors import NumericalError, PromptError
+from interp.figures import heat
+from interp.models.model import Model
+from interp.stream.per_layer import PerLayer
+from interp.stream.reducers import SegmentMass
 from interp.stream.rows import image_centric_rows
 
 CODE_EPSILON = 1e-6
@@ -111,6 +119,76 @@ def select(
     if queries is not None:
         chosen = chosen & key_mask(queries, n_queries).to(chosen.device)
     return chosen
+
+
+def measure(
+    model: Model,
+    prompts: Sequence[Prompt],
+    sinks: Sequence[Mapping[int, Sequence[int]]],
+    *,
+    min_nonsink_share: SupportsFloat = 0.5,
+    min_image_mass: SupportsFloat = 0.2,
+) -> Result:
+    """Image mass and non-sink share of every head at every query after the image.
+
+    Example:
+        >>> import interp
+        >>> model = interp.open_model("backcopy-1l")
+        >>> prompt = Prompt.from_tokens(range(9), {"image": (2, 6)})
+        >>> found = measure(model, [prompt], [{0: [3]}])
+        >>> found["nonsink_share"].dims, found["selected"].dims
+        (('prompt', 'layer', 'head', 'query'), ('prompt', 'layer', 'head', 'query'))
+
+    Args:
+        prompts: each with a segment of kind "image" and text behind it.
+        sinks: for every prompt its sink positions by layer (`visual.sinks_by_layer`).
+
+    Returns:
+        `image_mass`, `nonsink_share` (NaN where nothing is on the image), `selected`, per query of
+        the whole prompt (NaN and False up to the end of the image); `rate` [layer, head]: share of
+        (prompt, query) in which the head is selected, a score for ranking heads.
+
+    Streamed: no attention matrix is kept.
+    """
+    images = [sorted({p for s in prompt.of_kind("image") for p in s.positions})
+              for prompt in prompts]
+    for number, places in enumerate(images):
+        if not places or max(places) + 1 >= len(prompts[number]):
+            raise PromptError(
+                f"prompt {number} has no image with text behind it: make it with "
+                "model.prompt(..., images=[...])."
+            )
+
+    def segments(number: int, layer: int) -> SegmentMass:
+        here = set(sinks[number].get(layer, ()))
+        content = [p for p in images[number] if p not in here]
+        return SegmentMass({"image": images[number], "content": content})
+
+    run = model.run(prompts, stats=[PerLayer("segments", segments)], logits="none")
+    mass = run.stats["segments"]
+    later = np.zeros((len(prompts), mass.sizes["query"]), dtype=bool)
+    for row, places, prompt in zip(later, images, prompts):
+        row[max(places) + 1 : len(prompt)] = True
+    reads = xr.DataArray(later, dims=("prompt", "query"))
+    on_image = mass.sel(segment="image", drop=True).where(reads)
+    share = mass.sel(segment="content", drop=True).where(reads) / on_image.where(on_image > 0)
+    selected = (on_image >= float(min_image_mass)) & (share >= float(min_nonsink_share))
+    data = xr.Dataset({"image_mass": on_image, "nonsink_share": share, "selected": selected})
+    chosen = selected.where(reads)
+    data["rate"] = chosen.mean(("prompt", "query"))
+    return Result(data, {
+        **model.manifest(), "measure": "image_centric",
+        "min_nonsink_share": float(min_nonsink_share), "min_image_mass": float(min_image_mass),
+    })
+
+
+def draw(found: Result, ax: Axes) -> Axes:
+    """Head map of the non-sink share; heads with too little image mass are hatched."""
+    mass = found["image_mass"].mean(("prompt", "query"))
+    share = found["nonsink_share"].mean(("prompt", "query"))
+    enough = mass >= found.manifest["min_image_mass"]
+    return heat.draw(ax, share, label="non-sink share of image attention", limits=(0, 1),
+                     eligible=enough, hatched="too little attention on the image")
 
 
 def _checked(attention: Tensor | np.ndarray) -> Tensor:

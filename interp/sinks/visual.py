@@ -17,10 +17,18 @@ from typing import Literal, Optional, SupportsFloat, SupportsIndex
 import numpy as np
 import pandas as pd
 import torch
+import xarray as xr
 from jaxtyping import Bool, Float, Int
+from matplotlib.axes import Axes
 from torch import Tensor
 
-from interp.core.errors import NumericalError, OutOfRange
+from interp.core import Prompt, Result, block
+from interp.core.errors import NumericalError, OutOfRange, PromptError
+from interp.figures import layer_curve
+from interp.models.model import Model
+from interp.sinks.validation_gate import Gate, PermutationNull, gate, permutation_null
+from interp.core.site import Site
+from interp.stream.reducers import Received, ValueWeighted
 
 Dims = Sequence[SupportsIndex] | np.ndarray | Tensor
 Comparison = Literal[">=", ">"]
@@ -267,6 +275,319 @@ def origin(
     alive = values >= float(tau)
     birth = torch.where(alive.any(0), alive.int().argmax(0), torch.full_like(alive[0].int(), -1))
     return Origin(v_sink, birth >= min_birth, birth)
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """Sink dimensions of a model with the evidence that they mark sinks.
+
+    Attributes:
+        found: the dimensions, strongest first.
+        anchor: position whose states they were read from; `anchor_is_top` says whether it really
+            receives the most attention (mean over layers from 2 on).
+        gate: the four checks, None without images or without dimensions.
+        null: the same AUROC for random dimension sets, None likewise.
+        tau: portable threshold; relaxed_ratio: the ratio to the median that was asked for.
+    """
+
+    found: SinkDims
+    anchor: int
+    anchor_is_top: bool
+    gate: Optional[Gate]
+    null: Optional[PermutationNull]
+    tau: float
+    min_ratio: float
+
+    @property
+    def passed(self) -> bool:
+        """Dimensions were found and both the gate and the permutation null agree."""
+        return bool(self.found.dims and self.gate and self.gate.passed
+                    and self.null and self.null.passed)
+
+    def __str__(self) -> str:
+        lines = [f"{'PASS' if self.passed else 'FAIL'}  sink dimensions {list(self.found.dims)} "
+                 f"from position {self.anchor}"]
+        if self.gate is not None:
+            lines += [f"  {check}" for check in self.gate.checks]
+        if self.null is not None:
+            verdict = "PASS" if self.null.passed else "FAIL"
+            lines.append(f"  {verdict}  random dimensions: AUROC {self.null.observed:.3g} "
+                         f"(99th percentile of random sets {self.null.percentile_99:.3g})")
+        return "\n".join(lines)
+
+
+def find_sink_dims(
+    model: Model,
+    text_prompts: Sequence[Prompt],
+    image_prompts: Sequence[Prompt] = (),
+    *,
+    min_ratio: Optional[SupportsFloat] = None,
+    anchor: int = 0,
+    seed: int = 0,
+    n_null: int = 1000,
+) -> Discovery:
+    """Discover the sink dimensions of an unknown model, and check that they mark sinks.
+
+    Example:
+        >>> import interp
+        >>> model = interp.open_model("backcopy-1l")
+        >>> found = find_sink_dims(model, [Prompt.from_tokens(range(12))] * 2)
+        >>> found.anchor, found.passed
+        (0, False)
+
+    Args:
+        text_prompts: at least 32 in earnest; the anchors are read from these and from the image
+            prompts.
+        image_prompts: prompts with a segment of kind "image"; without them nothing is validated.
+        min_ratio: |x_d| over the median |x|; None asks for 1000, or 100 for models narrower than
+            2048 (which are under a billion parameters).
+        anchor: the position that should be the primary sink (BOS, or the first token).
+
+    Source: toolkit procedure for arXiv:2503.03321; see `candidate_dims`, `gate`,
+    `permutation_null`.
+    """
+    prompts = [*text_prompts, *image_prompts]
+    if not prompts:
+        raise PromptError("no prompts to find sink dimensions with: give at least one.")
+    ratio = float(min_ratio) if min_ratio is not None else (1000.0 if model.d_model >= 2048 else 100)
+    anchors, tops = [], []
+    for prompt in prompts:
+        run = model.run(prompt, read="resid_pre", stats="received", logits="none")
+        anchors.append(run.reads["resid_pre"].values[0, :, anchor])
+        received = run.stats["received"].values[0, min(2, model.n_layers - 1) :].mean((0, 1))
+        early = received[: max(1, len(prompt) // 2)]
+        tops.append(int(np.nanargmax(early)) == anchor)
+    # A model of one block has no band; its only layer is what there is to look in.
+    layers = list(band(model.n_layers)) or [model.n_layers - 1]
+    found = candidate_dims(np.stack(anchors), min_ratio=ratio, layers=layers)
+    tau = portable_tau(model.d_model)
+    checks = null = None
+    if found.dims and image_prompts:
+        checks, null = _validate(model, text_prompts, image_prompts, found, anchor, tau, n_null,
+                                 seed)
+    return Discovery(found, anchor, float(np.mean(tops)) > 0.5, checks, null, tau, ratio)
+
+
+def _validate(
+    model: Model, text_prompts: Sequence[Prompt], image_prompts: Sequence[Prompt],
+    found: SinkDims, anchor: int, tau: float, n_null: int, seed: int,
+) -> tuple[Gate, Optional[PermutationNull]]:
+    layers = list(band(model.n_layers)) or [model.n_layers - 1]
+    births = [b for b in found.birth_layer if b is not None]
+    layers = [layer for layer in layers if layer >= max(births, default=0)] or layers[-1:]
+    anchor_phi, text_phi, visual_phi, attended, states = [], [], [], [], []
+    for prompt in [*text_prompts, *image_prompts]:
+        images = _image_positions(prompt)
+        read = model.run(prompt, read=Site("resid_pre", tuple(layers)), stats=[Received("later")],
+                         logits="none")
+        residual = read.reads[str(Site("resid_pre", tuple(layers)))].values[0]
+        phi = sink_value(residual, found.dims).numpy()
+        anchor_phi.append(phi[:, anchor])
+        words = np.setdiff1d(np.arange(len(prompt)), [anchor, *images])
+        text_phi.append(phi[:, words].ravel())
+        if images:
+            received = read.stats["received"].values[0][layers].mean(1)
+            for row, mass, state in zip(phi, received, residual):
+                visual_phi.append(row[images])
+                attended.append(np.nan_to_num(mass[images]))
+                states.append(state[images])
+    checks = gate(np.concatenate(anchor_phi), np.concatenate(text_phi), visual_phi, attended, tau)
+    null = None
+    if len({len(s) for s in states}) == 1 and n_null:
+        null = permutation_null(np.stack(states), np.stack(attended), found.dims, n_null, seed)
+    return checks, null
+
+
+def _image_positions(prompt: Prompt) -> list[int]:
+    return sorted({p for segment in prompt.of_kind("image") for p in segment.positions})
+
+
+def after_image(prompt: Prompt) -> tuple[int, ...]:
+    """Positions after the last image token: the queries that read the image for the answer.
+
+    Example:
+        >>> after_image(Prompt.from_tokens([1, 2, 3, 4, 5], {"image": (1, 3)}))
+        (3, 4)
+
+    Raises PromptError for a prompt without an image, or without text behind it.
+    """
+    images = _image_positions(prompt)
+    if not images:
+        raise PromptError("the prompt has no image: make it with model.prompt(..., images=[...]).")
+    later = tuple(range(max(images) + 1, len(prompt)))
+    if not later:
+        raise PromptError("no token follows the image, so nothing reads it; ask a question.")
+    return later
+
+
+def measure(
+    model: Model, prompts: Sequence[Prompt], sink_dims: Dims, tau: Optional[SupportsFloat] = None
+) -> Result:
+    """phi of every position in every layer, the sinks among the image tokens, and their origin.
+
+    Example:
+        >>> import interp
+        >>> model = interp.open_model("backcopy-1l")
+        >>> prompt = Prompt.from_tokens(range(9), {"image": (2, 6)})
+        >>> measure(model, [prompt], [3])["phi"].dims
+        ('prompt', 'layer', 'position')
+
+    Args:
+        prompts: each with a segment of kind "image" and text behind it.
+        sink_dims: from `find_sink_dims`, or known ones.
+        tau: threshold on phi; None for the portable one of the model's width.
+
+    Returns:
+        `phi` of what enters each layer, `is_sink`, `kind` ("text", "image") [prompt, position],
+        `received` [prompt, layer, position]: mean over heads of the attention from the queries
+        after the image, `origin` [prompt, position] ("", "V-sink", "L-sink", "V+L", "none"),
+        `contribution` [prompt, layer, position]: the same attention weighted by the norm of the
+        value it fetches.
+
+    Raises:
+        PromptError: a prompt without an image.
+    """
+    limit = portable_tau(model.d_model) if tau is None else float(tau)
+    rows = []
+    for prompt in prompts:
+        later = after_image(prompt)
+        stats = [Received("later", subset=later), ValueWeighted(queries="later", subset=later)]
+        run = model.run(prompt, read="resid_pre", stats=stats, logits="none")
+        residual = run.reads["resid_pre"].values[0]
+        phi = sink_value(residual, sink_dims).numpy()
+        images = _image_positions(prompt)
+        kind = np.array(["text"] * len(prompt))
+        kind[images] = "image"
+        origins = np.array([""] * len(prompt), dtype="<U6")
+        origins[images] = origin(residual[0][images], phi[:, images], limit).labels()
+        rows.append(xr.Dataset({
+            "phi": (("layer", "position"), phi),
+            "is_sink": (("layer", "position"), phi >= limit),
+            "received": (("layer", "position"),
+                         run.stats["received"].values[0].mean(1)),
+            "contribution": (("layer", "position"),
+                             run.stats["value_weighted"].values[0].mean(1)),
+            "kind": ("position", kind), "origin": ("position", origins),
+        }, {"layer": np.arange(model.n_layers), "position": np.arange(len(prompt))}))
+    data = xr.concat(rows, "prompt", join="outer", fill_value={
+        "is_sink": False, "kind": "", "origin": "", "phi": np.nan, "received": np.nan,
+        "contribution": np.nan})
+    return Result(data, {
+        **model.manifest(), "measure": "visual_sinks", "tau": limit,
+        "sink_dims": [int(d) for d in np.asarray(sink_dims).reshape(-1)],
+    })
+
+
+def sinks_by_layer(
+    found: Result, prompt: int = 0, first_layer: int = 2, image_only: bool = False
+) -> dict[int, tuple[int, ...]]:
+    """Sink positions of one prompt per layer, for `interp.redistribute` and `interp.block`.
+
+    Example:
+        >>> data = xr.Dataset({"is_sink": (("prompt", "layer", "position"), [[[1, 0], [1, 1]]]),
+        ...                    "kind": (("prompt", "position"), [["text", "image"]])})
+        >>> sinks_by_layer(Result(data), first_layer=0)
+        {0: (0,), 1: (0, 1)}
+
+    Layers before `first_layer` are left out: there are no sinks yet (arXiv:2503.03321).
+    """
+    data = found.data.isel(prompt=prompt)
+    flags = data["is_sink"].values.astype(bool)
+    if image_only:
+        flags = flags & (data["kind"].values == "image")
+    return {
+        layer: tuple(int(p) for p in np.flatnonzero(row))
+        for layer, row in enumerate(flags) if layer >= first_layer and row.any()
+    }
+
+
+def intervene(
+    model: Model,
+    prompts: Sequence[Prompt],
+    found: Result,
+    answers: Sequence[int],
+    *,
+    control_seeds: int = 5,
+    seed: int = 0,
+    first_layer: int = 2,
+) -> Result:
+    """Hide the visual sinks from the text: does the answer suffer less than for other tokens?
+
+    Example:
+        >>> import interp
+        >>> model = interp.open_model("backcopy-1l")
+        >>> prompt = Prompt.from_tokens(range(9), {"image": (2, 6)})
+        >>> found = measure(model, [prompt], [3], tau=0.5)
+        >>> intervene(model, [prompt], found, [5], first_layer=0)["log_probability"].dims
+        ('prompt', 'condition')
+
+    Queries after the image are blocked from the visual sinks in every layer from `first_layer` on.
+    Controls hide as many image tokens that are no sinks: drawn at random (`control_seeds` times),
+    and those that receive the most attention (matched on attention, the strongest comparator).
+
+    Args:
+        answers: the right next token of each prompt.
+
+    Returns:
+        `log_probability` and `correct` [prompt, condition] with the conditions "untouched",
+        "sinks", "random", "attention-matched"; `hidden` [prompt]: tokens hidden (0 where a prompt
+        has no visual sink; its conditions are then all untouched).
+
+    Source: arXiv:2503.03321, Fig. 3b; matched controls are this toolkit's.
+    """
+    conditions = ["untouched", "sinks", "random", "attention-matched"]
+    rng = np.random.default_rng(seed)
+    scores = np.zeros((len(prompts), 4, 2))
+    hidden = np.zeros(len(prompts), dtype=int)
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        later = after_image(prompt)
+        by_layer = sinks_by_layer(found, number, first_layer, image_only=True)
+        sinks = sorted({p for places in by_layer.values() for p in places})
+        others = [p for p in _image_positions(prompt) if p not in sinks]
+        count = min(len(sinks), len(others))
+        hidden[number] = count
+
+        def score(keys: Sequence[int]) -> tuple[float, float]:
+            write = [block(later, list(keys), layers=range(first_layer, model.n_layers))] \
+                if len(keys) else []
+            row = model.run(prompt, write=write, logits="last").logits[0][-1].log_softmax(-1)
+            return float(row[answer]), float(int(row.argmax()) == answer)
+
+        scores[number, 0] = base = score([])
+        if not count:
+            scores[number, 1:] = base
+            continue
+        received = found["received"].isel(prompt=number).values[first_layer:].mean(0)
+        loudest = sorted(others, key=lambda p: -received[p])[:count]
+        scores[number, 1] = score(sinks[:count])
+        scores[number, 2] = np.mean(
+            [score(rng.choice(others, count, replace=False)) for _ in range(control_seeds)], 0)
+        scores[number, 3] = score(loudest)
+    dims = ("prompt", "condition")
+    data = xr.Dataset({"log_probability": (dims, scores[..., 0]), "correct": (dims, scores[..., 1]),
+                       "hidden": ("prompt", hidden)}, {"condition": conditions})
+    return Result(data, {**model.manifest(), "operation": "block", "first_layer": first_layer,
+                         "control": "random and attention-matched image tokens",
+                         "control_seeds": control_seeds, "seed": seed})
+
+
+def draw(found: Result, ax: Axes) -> Axes:
+    """Mean phi per layer of the first token, visual sinks, other image tokens and other text."""
+    data, tau = found.data, found.manifest["tau"]
+    image = data["kind"] == "image"
+    ever = data["is_sink"].isel(layer=slice(2, None)).any("layer")
+    groups = {
+        "first token": (data["position"] == 0) & (data["kind"] != ""),
+        "visual sinks": image & ever, "other image tokens": image & ~ever,
+        "other text": (data["kind"] == "text") & (data["position"] > 0),
+    }
+    curves = {name: data["phi"].where(chosen).mean("position")
+              for name, chosen in groups.items() if bool(chosen.any())}
+    roles = {"first token": "primary", "visual sinks": "visual", "other image tokens": "image",
+             "other text": "control"}
+    layer_curve.draw(ax, curves, label="phi", roles={n: roles[n] for n in curves})
+    ax.axhline(tau, color="black", linewidth=0.8, linestyle=":")
+    return ax
 
 
 def _checked(values: Tensor | np.ndarray) -> Tensor:
