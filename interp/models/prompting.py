@@ -215,22 +215,22 @@ def _plain(parts: Any, text: str, n_images: int) -> Source:
 
 
 def _encode(parts: Any, text: str, pictures: list[Image.Image]) -> Encoded:
-    tokenizer, bos = parts.tokenizer, getattr(parts.tokenizer, "bos_token", None)
-    special = not (bos and text.startswith(bos))
-    if not pictures:
-        made = dict(tokenizer(text, add_special_tokens=special))
-        ids = [int(i) for i in made["input_ids"]]
-        if special and bos and ids[:2] == [tokenizer.bos_token_id] * 2:
-            made = dict(tokenizer(text, add_special_tokens=False))
-            ids = [int(i) for i in made["input_ids"]]
-        inputs = {name: np.asarray([value]) for name, value in made.items()
-                  if name not in NOT_INPUTS}
-        spans = char_spans(tokenizer, text, ids)
-        return Encoded(tuple(ids), _worth_keeping(inputs), spans, ((0, len(text), 0),))
-    made = _process(parts, text, pictures, special)
-    ids = [int(i) for i in np.asarray(made["input_ids"]).reshape(-1)]
-    inputs = {name: np.asarray(value) for name, value in made.items() if name not in NOT_INPUTS}
-    spans, pieces = _spans_with_images(parts, text, ids, made.get("text_replacement_offsets"))
+    def made(special: bool) -> tuple[list[int], dict[str, Any]]:
+        if pictures:
+            out = _process(parts, text, pictures, special)
+        else:
+            out = dict(parts.tokenizer([text], add_special_tokens=special))
+        return [int(i) for i in np.asarray(out["input_ids"]).reshape(-1)], out
+
+    ids, out = made(special=True)
+    bos = getattr(parts.tokenizer, "bos_token_id", None)
+    if bos is not None and ids[:2] == [bos, bos]:  # the text or template already starts with it
+        ids, out = made(special=False)
+    inputs = {name: np.asarray(value) for name, value in out.items() if name not in NOT_INPUTS}
+    if pictures:
+        spans, pieces = _spans_with_images(parts, text, ids, out.get("text_replacement_offsets"))
+    else:
+        spans, pieces = char_spans(parts.tokenizer, text, ids), ((0, len(text), 0),)
     return Encoded(tuple(ids), _worth_keeping(inputs), spans, pieces)
 
 

@@ -254,6 +254,13 @@ def test_bos_is_never_doubled_and_never_invented():
     with_bos, without = byte_level("<s>"), byte_level()
     assert build(parts(with_bos), "<s>" + TEXT).ids == build(parts(with_bos), TEXT).ids
     assert build(parts(with_bos), TEXT).ids.count(with_bos.bos_token_id) == 1
+    typed = build(parts(with_bos), "<s>" + TEXT)
+    assert typed.positions("bos") == (0,) and 0 not in typed.positions("text")
+    assert_partition(typed)
+    # Typed twice, it is there twice; a space before it (which these words drop) hides nothing.
+    assert build(parts(with_bos), "<s><s>" + TEXT).ids.count(with_bos.bos_token_id) == 2
+    spaced, plain = (build(parts(words("<s>")), text) for text in (" <s> The code", "The code"))
+    assert spaced.ids == plain.ids
     # A bos token that the tokenizer knows but does not add is not named.
     without.bos_token = "</s>"
     assert not build(parts(without), TEXT).of_kind("bos")
@@ -356,13 +363,19 @@ def test_the_templates_own_system_prompt_is_system():
 
 
 @pytest.mark.parametrize("word", ["user", "system", "assistant", "<|im_end|>"])
-def test_words_of_the_template_in_a_message_do_not_move_its_span(word):
-    tokenizer = byte_level(None, CHATML)
+@pytest.mark.parametrize("style, header, end", [
+    ("chatml", "<|im_start|>user\n", "<|im_end|>"),
+    ("llama3", "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),  # trims the text
+])
+def test_words_of_the_template_in_a_message_do_not_move_its_span(word, style, header, end):
+    template, bos = STYLES[style]
+    tokenizer = byte_level(bos, template)
     prompt = build(parts(tokenizer), [
-        {"role": "system", "content": "user"}, {"role": "user", "content": word},
+        {"role": "system", "content": "user"},
+        {"role": "user", "content": f" {word}" if style == "llama3" else word},
     ])
-    start = prompt.text.rindex(word, 0, prompt.text.rindex("<|im_end|>"))
-    assert start > prompt.text.index("<|im_start|>user")
+    start = prompt.text.index(header) + len(header)
+    assert prompt.text.startswith(word + end, start)
     spans = char_spans(tokenizer, prompt.text, prompt.ids)
     assert prompt.positions("question") == tokens_in(spans, start, start + len(word))
     assert said(prompt, tokenizer, "system") == "user"
@@ -462,6 +475,20 @@ def test_a_chat_with_an_image():
     assert build(model, parted).ids == prompt.ids
     written = [{"role": "user", "content": "<image>\nWhat color is this?"}]
     assert build(model, written, picture()).text == prompt.text
+
+
+def test_a_template_for_strings_gets_the_picture_in_the_string():
+    # Given parts, it would print them as Python: [{'type': 'image'}, ...].
+    printing = "{% for m in messages %}USER {{ m['content'] }} {% endfor %}ASSISTANT"
+    prompt = build(llava(template=printing), "What color", picture(), chat=True)
+    assert prompt.text == "USER <image>\nWhat color ASSISTANT"
+    assert len(prompt.segment("image")) == 4
+
+
+def test_bos_is_not_doubled_before_an_image():
+    model = llava()
+    typed, added = (build(model, text, picture()) for text in ("<s> <image> What", "<image> What"))
+    assert typed.ids == added.ids and typed.ids.count(model.tokenizer.bos_token_id) == 1
 
 
 def test_a_text_without_placeholder_gets_what_the_template_writes_for_a_picture():
