@@ -6,7 +6,6 @@ value satisfies the equation that defines the site is taken.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Optional
@@ -85,7 +84,8 @@ def _residual(found: Found, seen: dict[str, Tensor], shape: Shape, tolerance: fl
         return _close(a, b, tolerance)
 
     for site in ("resid_pre", "resid_post", "mlp_in"):
-        found.hooks.update({site: name for name in of(site)[:1]})
+        if of(site):
+            found.hooks[site] = of(site)[0]
     if "resid_pre" not in found.hooks or "resid_post" not in found.hooks:
         return
     before, after = streams[found.hooks["resid_pre"]], streams[found.hooks["resid_post"]]
@@ -121,18 +121,15 @@ def _attention(
     found: Found, seen: dict[str, Tensor], shape: Shape, softcap: Optional[float],
     tolerance: float, attention: str,
 ) -> None:
-    def of(site: str, heads: int) -> list[Tensor]:
+    heads, kv, group = shape.n_heads, shape.n_kv_heads, shape.n_heads // shape.n_kv_heads
+
+    def of(site: str, count: int) -> list[tuple[str, Tensor]]:
         return [
-            made for name in CANDIDATES[site] if name in seen
-            if (made := _by_position(seen[name], heads, shape.d_head)) is not None
+            (name, seen[name]) for name in CANDIDATES[site]
+            if name in seen and seen[name].ndim == 4
+            and tuple(seen[name].shape[2:]) == (count, shape.d_head)
         ]
 
-    def name(site: str, heads: int, which: int) -> str:
-        known = [n for n in CANDIDATES[site] if n in seen
-                 and _by_position(seen[n], heads, shape.d_head) is not None]
-        return known[which]
-
-    heads, kv = shape.n_heads, shape.n_kv_heads
     p = seen.get("attn.hook_pattern")
     if p is None or p.ndim != 4 or p.shape[1] != heads:
         return
@@ -142,42 +139,39 @@ def _attention(
     logits = p.clamp_min(1e-20).log()
     scores, exact = seen.get("attn.hook_attn_scores"), False
     if scores is not None and scores.shape == p.shape:
-        gap = _centered(torch.where(visible, scores, logits) - logits, visible)
-        exact = _close(gap, torch.zeros_like(gap), tolerance, scale=float(logits[visible].std()))
+        gap = _centered(scores, visible) - _centered(logits, visible)
+        exact = _close(gap, torch.zeros_like(gap), tolerance, float(logits[visible].std()))
     if exact:
         found.hooks["scores"] = "attn.hook_attn_scores"
     else:
         found.missing["scores"] = (
-            f"TransformerLens hands attention to the model here ({attention}), which shows the "
-            "weights but not the logits"
+            f"TransformerLens leaves attention to the model here ({attention}), and shows its "
+            "weights but not its logits"
         )
-    for which, value in enumerate(of("v", kv)[:1]):
-        found.hooks["v"] = name("v", kv, which)
-        wide = value.repeat_interleave(heads // kv, 2)
-        expected = torch.einsum("bhqk,bkhd->bqhd", p, wide)
-        for place, z in enumerate(of("z", heads)):
-            if _close(z, expected, tolerance):
-                found.hooks["z"] = name("z", heads, place)
-                break
+    for name, value in of("v", kv)[:1]:
+        found.hooks["v"] = name
+        weighted = torch.einsum("bhqk,bkhd->bqhd", p, value.repeat_interleave(group, 2))
+        for place, z in of("z", heads):
+            if _close(z, weighted, tolerance):
+                found.hooks["z"] = place
     if "z" not in found.hooks:
         found.missing["z"] = (
-            "no hook of TransformerLens holds the weighted values (a gate or a norm may follow them)"
+            "no hook of TransformerLens holds the weighted values (a gate or norm may follow them)"
         )
     target = scores if exact else logits
     assert target is not None
-    if softcap is not None and exact:
-        inside = (target / softcap).clamp(-1 + 1e-6, 1 - 1e-6)
-        target = softcap * torch.atanh(inside)
-    for (i, q), (j, k) in product(enumerate(of("q", heads)), enumerate(of("k", kv))):
-        if softcap is not None and not exact:
-            break
-        if _explains(q, k, target, visible, exact, tolerance, heads // kv):
-            found.hooks["q"], found.hooks["k"] = name("q", heads, i), name("k", kv, j)
-            return
+    if softcap is not None:
+        # A cap can be undone on logits, not on their differences.
+        target = softcap * torch.atanh((target / softcap).clamp(-1 + 1e-6, 1 - 1e-6))
+    if exact or softcap is None:
+        for (queries, q), (keys, k) in product(of("q", heads), of("k", kv)):
+            if _explains(q, k, target, visible, exact, tolerance, group):
+                found.hooks.update(q=queries, k=keys)
+                return
     for site, word in (("q", "queries"), ("k", "keys")):
         found.missing[site] = (
             f"no hook of TransformerLens ({attention}) holds the {word} that make the logits; they "
-            "are shown only before position encoding"
+            "may be shown only before position encoding"
         )
 
 
@@ -196,13 +190,6 @@ def _explains(
     return _close(x * (float((x * y).sum()) / size), y, tolerance)
 
 
-def _by_position(x: Tensor, heads: int, d_head: int) -> Optional[Tensor]:
-    """As `[batch, position, head, d_head]`; None if it cannot be that."""
-    if x.ndim == 4 and x.shape[2:] == (heads, d_head):
-        return x
-    return None
-
-
 def _centered(x: Tensor, visible: Tensor) -> Tensor:
     counts = visible.sum(-1, keepdim=True).clamp_min(1)
     x = torch.where(visible, x, torch.zeros_like(x))
@@ -214,13 +201,3 @@ def _close(a: Tensor, b: Tensor, tolerance: float, scale: Optional[float] = None
         return False
     scale = float(b.abs().max()) if scale is None else scale
     return bool((a - b).abs().max() <= tolerance * max(scale, 1e-6))
-
-
-def hooks_of(found: Iterable[Found]) -> dict[str, list[str]]:
-    """Site -> the distinct hooks that hold it, over blocks."""
-    table: dict[str, list[str]] = {}
-    for one in found:
-        for site, hook in one.hooks.items():
-            if hook not in table.setdefault(site, []):
-                table[site].append(hook)
-    return table

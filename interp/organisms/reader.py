@@ -399,7 +399,7 @@ def stage(step: int, steps: int, rng: np.random.Generator) -> int:
         48
     """
     done = step / steps
-    reached = 0 if done < 0.3 else 1 if done < 0.6 else 2 if done < 0.8 else 3
+    reached = 0 if done < 0.2 else 1 if done < 0.5 else 2 if done < 0.75 else 3
     back = int(rng.choice(3, p=(0.7, 0.2, 0.1)))
     return LENGTHS[max(0, reached - back)]
 
@@ -407,8 +407,11 @@ def stage(step: int, steps: int, rng: np.random.Generator) -> int:
 def _loss(model: torch.nn.Module, tokens: np.ndarray, weights: np.ndarray) -> Tensor:
     ids = torch.as_tensor(tokens).to(model.device)
     weight = torch.as_tensor(weights).to(model.device)[:, 1:].reshape(-1)
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-    each = torch.nn.functional.cross_entropy(logits, ids[:, 1:].reshape(-1), reduction="none")
+    with torch.autocast(model.device.type, torch.bfloat16):  # a third faster, on one core too
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    each = torch.nn.functional.cross_entropy(
+        logits.float(), ids[:, 1:].reshape(-1), reduction="none"
+    )
     return (each * weight).sum() / weight.sum()
 
 
@@ -500,7 +503,7 @@ def _export(model: torch.nn.Module, folder: Path) -> None:
 
 
 def recipe(
-    *, steps: int = 12_000, lr: float = 2e-3, weight_decay: float = 0.1, tokens: int = 3072
+    *, steps: int = 4_500, lr: float = 2e-3, weight_decay: float = 0.1, tokens: int = 2304
 ) -> Recipe:
     """The recipe of `reader`; `tokens` is the size of a batch in tokens, whatever its length.
 
@@ -529,6 +532,8 @@ def recipe(
         decay="all",
         evaluate_every=1000,
         checkpoint_every=250,
-        notes=__doc__.split("\n\n")[0].replace("\n", " "),
+        notes=__doc__.split("\n\n")[0].replace("\n", " ")
+        + " The bundled weights: the first 2,000 steps followed the schedule of a run of 6,500"
+        " steps, which was then shortened to what is stated below.",
         data=__doc__.split("\n\n")[1].replace("\n", " "),
     )

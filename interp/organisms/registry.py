@@ -16,8 +16,8 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 # Modules are imported when a recipe is asked for: opening a model needs only its folder.
 _RECIPES: dict[str, tuple[str, dict[str, int | float]]] = {
-    "backcopy-1l": ("backcopy", {"layers": 1, "steps": 1500, "lr": 2e-3}),
-    "backcopy-3l": ("backcopy", {"layers": 3, "steps": 2000}),
+    "backcopy-1l": ("backcopy", {"layers": 1, "short": 64, "steps": 1500, "lr": 1e-3}),
+    "backcopy-3l": ("backcopy", {"layers": 3, "batch": 8, "steps": 1500, "lr": 1.5e-3}),
     "reader": ("reader", {}),
     "looker": ("looker", {}),
 }

@@ -405,6 +405,8 @@ def export(recipe: Recipe, model: torch.nn.Module, folder: Path, result: dict[st
     recipe.export(model, new)
     _write(new / "card.json", json.dumps(card, indent=1))
     _write(new / "card.md", card_text(card))
+    for file in new.iterdir():  # safetensors makes its files readable by their owner only
+        file.chmod(0o644)
     replace_folder(new, folder)
     return folder
 

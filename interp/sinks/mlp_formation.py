@@ -4,25 +4,38 @@ Paper     arXiv:2512.22213
 Question  Do sinks with unlike MLP inputs leave the MLP in one direction, the primary's?
 Measure   cosine to the primary at every stage of the MLP; share of the block's update that the
           MLP explains; response of the MLP to each principal direction of its inputs
-Cause     remove the MLP write at and around the creation layer and count which removal deletes
-          the sink (`interp.sinks.secondary`)
+Cause     remove the write, one layer at a time (`interp.sinks.mlp_removal`)
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Optional, SupportsFloat, SupportsIndex, cast
+from typing import Any, Optional, SupportsFloat, SupportsIndex
 
 import numpy as np
 import pandas as pd
 import torch
+import xarray as xr
 from jaxtyping import Float
-from scipy.stats import spearmanr
+from matplotlib.axes import Axes
 from torch import Tensor
 
-from interp.core.errors import NumericalError, OutOfRange
+from interp.core import Prompt, Result
+from interp.core.errors import OutOfRange, SiteRefused
+from interp.figures.style import color, note, style
+from interp.models.model import Model
+from interp.sinks.mlp_directions import (
+    SWEEP,
+    MlpDirections,
+    RankCorrelation,
+    directions,
+    norm_relation,
+)
 
-SWEEP = tuple(scale for scale in range(-20, 20) if scale != 0)
-"""Scales at which the paper feeds the leading components through the MLP."""
+__all__ = [
+    "SWEEP", "MlpDirections", "RankCorrelation", "directions", "directions_of", "draw",
+    "gated_chain", "measure", "norm_relation", "stage_cosines", "update_share",
+]
+
+STAGES = ("input", "up", "gate", "activated", "product", "output")
 
 
 def gated_chain(
@@ -104,178 +117,182 @@ def update_share(
     return (written.to(kind) * update).sum(-1) / update.square().sum(-1)
 
 
-@dataclass(frozen=True, eq=False)
-class MlpDirections:
-    """How an MLP responds to each principal direction of its inputs; rows are components.
-
-    `components` [component, d_model] are unit vectors, in order of variance, each pointing to the
-    side of the sinks. `norm` and `cosine` [component, 2] hold the norm of MLP(+c), MLP(-c) and
-    their cosine to the reference output. `sweep` [component, scale] holds the norm of MLP(a c)
-    for the leading components at `scales`. `sink_projection` and `other_projection`
-    [sample, component] are the centered inputs in these coordinates.
-    """
-
-    components: Tensor
-    norm: Tensor
-    cosine: Tensor
-    scales: tuple[float, ...]
-    sweep: Tensor
-    sink_projection: Tensor
-    other_projection: Tensor
-
-    def selected(self, threshold: SupportsFloat = 0.98) -> tuple[int, ...]:
-        """Components whose output, for either sign, is parallel to the reference or opposite."""
-        hit = (self.cosine.abs() > float(threshold)).any(-1)
-        return tuple(hit.nonzero().flatten().tolist())
-
-    def toward(self, threshold: SupportsFloat = 0.98) -> tuple[int, ...]:
-        """Components whose stronger sign pushes towards the reference, not away from it."""
-        stronger = self.norm.argmax(-1, keepdim=True)
-        hit = self.cosine.gather(-1, stronger)[:, 0] > float(threshold)
-        return tuple(hit.nonzero().flatten().tolist())
-
-    def active_sign(self, component: SupportsIndex) -> int:
-        """+1 or -1: the side on which the sweep reaches the larger norm."""
-        sweep, scales = self.sweep[int(component)], torch.tensor(self.scales)
-        return 1 if float(sweep[scales > 0].max()) >= float(sweep[scales < 0].max()) else -1
-
-    def slope(self, component: SupportsIndex) -> float:
-        """Slope of log norm on log scale on the active side: about 2 for a quadratic response."""
-        sign = self.active_sign(component)
-        scales = sign * np.asarray(self.scales, dtype=float)
-        norms = self.sweep[int(component)].double().numpy()
-        use = (scales > 0) & (norms > 0)
-        if use.sum() < 2:
-            return float("nan")
-        return float(np.polyfit(np.log(scales[use]), np.log(norms[use]), 1)[0])
-
-    def asymmetry(self, component: SupportsIndex) -> float:
-        """Largest norm on the active side over the largest on the other."""
-        sweep, scales = self.sweep[int(component)], torch.tensor(self.scales)
-        sign = self.active_sign(component)
-        return float(sweep[sign * scales > 0].max() / sweep[sign * scales < 0].max())
-
-    def top_over_median(self) -> float:
-        """Largest response over the median response of all components."""
-        response = self.norm.amax(-1)
-        return float(response.max() / response.median())
 
 
-def directions(
-    sink_inputs: Float[Tensor, "sink d_model"],
-    other_inputs: Float[Tensor, "other d_model"],
-    mlp: Callable[[Tensor], Tensor],
-    reference: Float[Tensor, "d_model"],
-    scales: Sequence[SupportsFloat] = SWEEP,
-    n_sweep: SupportsIndex = 6,
-) -> MlpDirections:
-    """Feed each principal direction of the MLP inputs, alone, through the MLP, with both signs.
+def measure(
+    model: Model, prompts: Sequence[Prompt], found: Result, *, label: str = "secondary",
+    most: SupportsIndex = 251, seed: SupportsIndex = 0,
+) -> Result:
+    """Compare every sink with the primary at each stage of the MLP that creates it.
 
-    Example:
-        >>> write = torch.tensor([0.0, 2.0])
-        >>> square = lambda x: x[..., :1].relu().square() * write
-        >>> inputs = torch.tensor([[5.0, 0.1], [7.0, -0.1]])
-        >>> found = directions(inputs, torch.tensor([[0.0, 1.0], [0.1, -1.0]]), square, write)
-        >>> found.selected(), round(found.slope(0), 4)
-        ((0, 1), 2.0)
+    Example: `tests/sinks/test_secondary_measure.py`, on a model with planted sinks.
 
     Args:
-        sink_inputs: normed MLP inputs of the sinks at one layer; `other_inputs`: as many controls,
-            best with the same token ids.
-        mlp: [row, d_model] to [row, d_model], the MLP after its norm; called in the inputs' dtype, on their
-            device.
-        reference: the primary sink's MLP *output* at that layer.
-        scales: of the sweep, with both signs, without 0.
-        n_sweep: how many leading components are swept.
+        prompts, found: the prompts, and what `secondary.measure` returned for them.
+        label: which sinks.
+        most: of them (drawn at random), and as many ordinary positions, where possible with the
+            same tokens: the paper's 251.
 
-    The mean is subtracted for the decomposition and not added back, as in the paper. Directions
-    without variance are dropped. A gated MLP is close to even for small inputs, so that equal
-    cosines of +c and -c at unit scale are a property of the architecture, not evidence.
+    Returns:
+        [instance], sinks first in each layer: `prompt`, `position`, `layer` (where the sink is
+        created), `is_sink`, `same_token` (of a control: with its sink), `write_norm` (|MLP
+        output|), `cosine_write` (MLP output to the primary's residual after the block), `update_share`,
+        `shared_dims` (Jaccard index of the two largest coordinates with the primary's).
+        `stage_cosine` [instance, stage] to the primary's value at the same stage. For the most
+        frequent creation layer, `creation_layer`: `mlp_input` [row, d_model], `row_is_sink`, and
+        `reference` [d_model], the mean MLP output of the primary there.
 
     Raises:
-        ValueError: fewer than two inputs, or scales without both signs.
-        NumericalError: NaN in the inputs.
+        SiteRefused: the model's MLP input or output cannot be read.
+        ValueError: there is no such sink.
 
-    Source: arXiv:2512.22213, released notebook `04.pca.ipynb`.
+    Source: arXiv:2512.22213, `mlp_base.py` and `04.pca.ipynb`; controls and shares: this toolkit.
     """
-    steps = tuple(float(scale) for scale in scales)
-    if 0.0 in steps or not any(s > 0 for s in steps) or not any(s < 0 for s in steps):
-        raise ValueError(f"scales need both signs and no zero, not {steps}.")
-    if len(sink_inputs) < 1 or len(other_inputs) < 1:
-        raise ValueError(
-            f"{len(sink_inputs)} sinks and {len(other_inputs)} controls: give at least one of each."
-        )
-    inputs = torch.cat([sink_inputs, other_inputs]).cpu().double()
-    if not torch.isfinite(inputs).all():
-        raise NumericalError("MLP inputs contain NaN or infinity; read them in float32.")
-    centered = inputs - inputs.mean(0)
-    _, size, components = torch.linalg.svd(centered, full_matrices=False)
-    components = components[size > size[0] * 1e-7] if float(size[0]) > 0 else components[:0]
-    if not len(components):
-        raise ValueError("all MLP inputs are equal; there is no direction to decompose.")
-    projection = centered @ components.T
-    # The sign of a principal direction is arbitrary: let it point to the sinks.
-    flip = torch.where(projection[: len(sink_inputs)].mean(0) < 0, -1.0, 1.0)
-    components, projection = components * flip[:, None], projection * flip
+    rng = np.random.default_rng(int(seed))
+    chosen = _pairs(prompts, found, label, int(most), rng)
+    layers, counts = np.unique(chosen["onset"], return_counts=True)
+    modal = int(layers[counts.argmax()])
+    rows: list[dict[str, Any]] = []
+    inputs: list[Tensor] = []
+    references: list[Tensor] = []
+    for layer in map(int, layers):
+        sites = [f"{name}.{layer}" for name in ("resid_pre", "mlp_in", "mlp_out", "resid_post")]
+        chain = _stages(model, layer)
+        for number, here in chosen[chosen["onset"] == layer].groupby("prompt"):
+            run = model.run(prompts[int(number)], read=sites, logits="none")
+            before, given, written, after = (
+                torch.from_numpy(run.reads[site].values[0, 0]) for site in sites)
+            anchor = int(found["primary"][int(number)])
+            places = [anchor, *map(int, here["position"])]
+            stages = chain(given[places])
+            stages["output"] = written[places]
+            cosines = stage_cosines(stages, range(1, len(places)))
+            share = update_share(written, before, after)
+            for at, (_, one) in enumerate(here.iterrows()):
+                position = int(one["position"])
+                rows.append({
+                    "prompt": int(number), "position": position, "layer": layer,
+                    "is_sink": bool(one["is_sink"]), "same_token": bool(one["same_token"]),
+                    "write_norm": float(written[position].norm()),
+                    "cosine_write": float(torch.cosine_similarity(
+                        written[position], after[anchor], dim=0)),
+                    "update_share": float(share[position]),
+                    "shared_dims": _jaccard(after[position], after[anchor]),
+                    "stages": cosines.iloc[at].drop("position").to_dict(),
+                })
+                if layer == modal:
+                    inputs.append(given[position])
+            if layer == modal:
+                references.append(written[anchor])
+    names = [n for n in STAGES if all(n in row["stages"] for row in rows)]
+    data = xr.Dataset({name: ("instance", [row[name] for row in rows])
+                       for name in rows[0] if name != "stages"})
+    data["stage_cosine"] = (("instance", "stage"),
+                            [[row["stages"][name] for name in names] for row in rows])
+    data["mlp_input"] = (("row", "d_model"), torch.stack(inputs).numpy())
+    data["row_is_sink"] = ("row", [row["is_sink"] for row in rows if row["layer"] == modal])
+    data["row_prompt"] = ("row", [row["prompt"] for row in rows if row["layer"] == modal])
+    data["reference"] = ("d_model", torch.stack(references).mean(0).numpy())
+    manifest = {**model.manifest(), "measure": "mlp_formation", "creation_layer": modal,
+                "label": label, "seed": int(seed)}
+    return Result(data.assign_coords(stage=names), manifest)
 
-    def respond(rows: Tensor) -> Tensor:
-        return mlp(rows.to(sink_inputs)).detach().cpu().double()
 
-    both = torch.stack([respond(components), respond(-components)], 1)
-    anchor = reference.detach().cpu().double()
-    swept = components[: int(n_sweep)]
-    scaled = torch.tensor(steps, dtype=swept.dtype)[None, :, None] * swept[:, None]
-    sweep = respond(scaled.flatten(0, 1)).norm(dim=-1).unflatten(0, (len(swept), len(steps)))
-    return MlpDirections(
-        components=components, norm=both.norm(dim=-1),
-        cosine=torch.cosine_similarity(both, anchor.expand_as(both), dim=-1),
-        scales=steps, sweep=sweep,
-        sink_projection=projection[: len(sink_inputs)],
-        other_projection=projection[len(sink_inputs) :],
-    )
+def directions_of(
+    model: Model, formed: Result, rows: Optional[Sequence[SupportsIndex]] = None,
+    n_sweep: SupportsIndex = 6,
+) -> MlpDirections:
+    """The principal directions of what `measure` read, fed through the MLP that creates the sinks.
 
-
-@dataclass(frozen=True)
-class RankCorrelation:
-    """Spearman's rho with its two-sided p and n; `reason` says why it cannot be tested, if so."""
-
-    rho: float
-    p: float
-    n: int
-    reason: Optional[str] = None
-
-
-def norm_relation(
-    norm: Sequence[SupportsFloat] | np.ndarray,
-    outcome: Sequence[SupportsFloat] | np.ndarray,
-    min_instances: SupportsIndex = 10,
-) -> RankCorrelation:
-    """Does the norm of the MLP write rank a sink's lifetime, or its attention score?
-
-    Example:
-        >>> found = norm_relation(range(12), [x * x for x in range(12)])
-        >>> round(found.rho, 3), found.n
-        (1.0, 12)
-        >>> norm_relation([1.0, 2.0], [3, 4]).reason
-        '2 sinks, at least 10 are needed'
-
-    Args:
-        norm: |MLP output| of every sink at its creation layer.
-        outcome: its lifetime, or its sink score.
-
-    Source: arXiv:2512.22213 (abstract: the norm determines score and lifetime).
+    `rows` chooses among the rows of `mlp_input`, with repetitions, for a bootstrap. Raises
+    `SiteRefused` where the MLP is not one function of its input.
     """
-    x, y = np.asarray(list(norm), dtype=float), np.asarray(list(outcome), dtype=float)
-    if x.shape != y.shape:
-        raise ValueError(f"{len(x)} norms but {len(y)} outcomes; give one of each for every sink.")
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise NumericalError("norms or outcomes contain NaN or infinity.")
-    need = int(min_instances)
-    if len(x) < need:
-        return RankCorrelation(float("nan"), float("nan"), len(x),
-                               f"{len(x)} sinks, at least {need} are needed")
-    for name, values in (("norms", x), ("outcomes", y)):
-        if len(np.unique(values)) < 2:
-            return RankCorrelation(float("nan"), float("nan"), len(x), f"all {name} are equal")
-    rho, p = cast(tuple[float, float], spearmanr(x, y))
-    return RankCorrelation(float(rho), float(p), len(x))
+    layer = int(formed.manifest["creation_layer"])
+    mlp = model.mlp(layer)
+    kept = np.arange(formed.data.sizes["row"]) if rows is None else np.asarray(rows, dtype=int)
+    inputs = torch.from_numpy(formed["mlp_input"].values[kept])
+    is_sink = torch.from_numpy(formed["row_is_sink"].values[kept])
+
+    def respond(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return mlp(x.to(model.device, model.dtype)).float().cpu()
+
+    reference = torch.from_numpy(formed["reference"].values)
+    return directions(inputs[is_sink], inputs[~is_sink], respond, reference, n_sweep=n_sweep)
+
+
+@style()
+def draw(formed: Result, ax: Axes, threshold: Optional[SupportsFloat] = None) -> Axes:
+    """Draw the cosine to the primary for every sink, one series per stage of the MLP."""
+    cosine = formed["stage_cosine"].values[formed["is_sink"].values]
+    # Sorted: with a hundred dots per stage the order of the prompts tells nothing.
+    for column, name in enumerate(formed["stage_cosine"].stage.values):
+        ends = name in ("input", "output")
+        ax.plot(np.sort(cosine[:, column]), "o" if ends else ".", label=str(name),
+                markersize=3.5 if ends else 2.5, zorder=3 if ends else 2)
+    if threshold is not None:
+        ax.axhline(float(threshold), color=color("control"), linewidth=0.8, linestyle=":")
+    ax.set_xlabel("sink (each stage sorted)")
+    ax.set_ylabel("cosine to the primary")
+    ax.set_ylim(-1.05, 1.05)
+    ax.legend(ncols=2, loc="lower right")
+    note(ax, f"n = {len(cosine)}")
+    return ax
+
+
+def sink_table(found: Result) -> pd.DataFrame:
+    """Prompt, position, label, onset and token of every sink that `secondary.measure` found."""
+    names = ("prompt", "position", "label", "onset", "token")
+    return pd.DataFrame({name: found[f"sink_{name}"].values for name in names})
+
+
+def ordinary_positions(prompt: Prompt, table: pd.DataFrame, number: int) -> np.ndarray:
+    """Positions of a prompt after the first three that are no sink of any kind."""
+    free = np.ones(len(prompt), dtype=bool)
+    free[:3] = False
+    free[table["position"][table["prompt"] == number].to_numpy(dtype=int)] = False
+    return np.flatnonzero(free)
+
+
+def _pairs(
+    prompts: Sequence[Prompt], found: Result, label: str, most: int, rng: np.random.Generator
+) -> pd.DataFrame:
+    """Sinks, each followed by its control: an ordinary position, best with the same token."""
+    table = sink_table(found)
+    chosen = table[table["label"] == label]
+    if chosen.empty:
+        raise ValueError(f"there is no {label} sink to look at.")
+    if len(chosen) > most:
+        chosen = chosen.iloc[np.sort(rng.permutation(len(chosen))[:most])]
+    rows = []
+    for _, one in chosen.iterrows():
+        number = int(one["prompt"])
+        row = {"prompt": number, "position": int(one["position"]), "onset": int(one["onset"]),
+               "is_sink": True, "same_token": True}
+        rows.append(row)
+        free = ordinary_positions(prompts[number], table, number)
+        same = free[np.asarray(prompts[number].ids)[free] == int(one["token"])]
+        if len(free):
+            place = int(rng.choice(same if len(same) else free))
+            rows.append({**row, "position": place, "is_sink": False, "same_token": len(same) > 0})
+    return pd.DataFrame(rows)
+
+
+def _stages(model: Model, layer: int) -> Callable[[Tensor], dict[str, Tensor]]:
+    """The stages of the MLP, or its input alone where they cannot be told apart."""
+    try:
+        stages = model.mlp_stages(layer)
+    except SiteRefused:
+        return lambda x: {"input": x}
+
+    def through(x: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            found = stages(x.to(model.device, model.dtype))
+        return {name: value.float().cpu() for name, value in found.items()}
+
+    return through
+
+
+def _jaccard(one: Tensor, other: Tensor, k: int = 2) -> float:
+    a, b = (set(x.abs().topk(k).indices.tolist()) for x in (one, other))
+    return len(a & b) / len(a | b)

@@ -456,7 +456,7 @@ def measure(
         residual = run.reads["resid_pre"].values[0]
         phi = sink_value(residual, sink_dims).numpy()
         images = _image_positions(prompt)
-        kind = np.array(["text"] * len(prompt))
+        kind = np.array(["text"] * len(prompt), dtype="<U5")
         kind[images] = "image"
         origins = np.array([""] * len(prompt), dtype="<U6")
         origins[images] = origin(residual[0][images], phi[:, images], limit).labels()

@@ -278,6 +278,16 @@ def test_what_the_tokenizer_appends_is_template_and_a_class_token_counts_as_bos(
     assert prompt.positions("text") == tuple(range(1, len(prompt) - 1))
 
 
+def test_token_types_are_kept_only_where_they_say_something():
+    tokenizer = words(model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+    assert "token_type_ids" in tokenizer("The code")
+    assert build(parts(tokenizer), "The code").inputs == {}
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A:1", special_tokens=[])
+    types = build(parts(tokenizer), "The code is").inputs["token_type_ids"]
+    assert types.tolist() == [[1, 1, 1]]
+
+
 def test_segments_by_occurrence_positions_and_spans():
     tokenizer = words()
     prompt = build(parts(tokenizer), TEXT, segments={

@@ -19,11 +19,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
     LlavaConfig,
+    LlavaForConditionalGeneration,
     LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     PixtralVisionConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -662,3 +666,69 @@ def test_a_broken_processor_file_gives_none_and_says_so(tmp_path):
     (tmp_path / "processor_config.json").write_text("{ broken")
     with pytest.warns(UserWarning, match="cannot be opened"):
         assert load_processor_for(model.config, tmp_path, None, {}) is None
+
+
+# -- the models themselves -------------------------------------------------------------------------
+
+TEXT = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
+VISION = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
+          "num_attention_heads": 2, "projection_dim": 8}
+
+
+def tiny(model, architecture, image_token_id):
+    """A random model of the architecture that fits the processor of `model`."""
+    given = model.config.to_dict()
+    if architecture is Qwen2_5_VLForConditionalGeneration:
+        config = Qwen2_5_VLConfig(
+            text_config={**TEXT, "rope_parameters": {
+                "rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}},
+            vision_config={"depth": 1, "hidden_size": 8, "num_heads": 2, "intermediate_size": 12,
+                           "out_hidden_size": 16, "fullatt_block_indexes": [0]},
+            image_token_id=image_token_id,
+        )
+    else:
+        given["text_config"] = {"model_type": "llama", **TEXT}
+        given["vision_config"] = {**given["vision_config"], **VISION}
+        config = type(model.config).from_dict(given)
+    torch.manual_seed(0)
+    return architecture(config).eval()
+
+
+@pytest.mark.parametrize("make, architecture, placeholder", [
+    (llava, LlavaForConditionalGeneration, "<image>"),
+    (lambda path: llava_next(path)[0], LlavaNextForConditionalGeneration, "<image>"),
+    (lambda path: onevision(path)[0], LlavaOnevisionForConditionalGeneration, "<image>"),
+    (lambda path: qwen(path, min_pixels=28 * 28, max_pixels=84 * 84),
+     Qwen2_5_VLForConditionalGeneration, "<|image_pad|>"),
+], ids=["llava", "llava_next", "onevision", "qwen2_5_vl"])
+def test_a_model_takes_the_prompt_and_its_pictures_reach_exactly_the_image_tokens(
+    tmp_path, make, architecture, placeholder
+):
+    parts_of_model = make(tmp_path)
+    token = parts_of_model.tokenizer.convert_tokens_to_ids(placeholder)
+    hf = tiny(parts_of_model, architecture, token)
+    parts_of_model.config = hf.config
+    text = f"what {placeholder} color ?"
+
+    def embedded(image):
+        """What enters the first decoder block, [position, d_model]."""
+        prompt = build(parts_of_model, text, image)
+        seen = []
+        block = hf.model.language_model.layers[0]
+        handle = block.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            with torch.no_grad():
+                hf(input_ids=torch.tensor([prompt.ids]),
+                   **{k: torch.from_numpy(v) for k, v in prompt.inputs.items()})
+        finally:
+            handle.remove()
+        return prompt, seen[0][0]
+
+    prompt, first = embedded(picture(96, 64))
+    _, second = embedded(picture(96, 64, seed=1))
+    moved = (first - second).abs().amax(-1) > 0
+    boxed = prompt.segment("image")
+    expected = [p for p, box in zip(boxed.positions, boxed.boxes) if box is not None]
+    # Newline tokens do not depend on the picture; every other image token does; no text does.
+    assert torch.nonzero(moved)[:, 0].tolist() == expected

@@ -1,0 +1,556 @@
+"""Statistics of attention by name: received mass, entropy, distance, segments, offsets, top keys...
+
+Question  How much does each key receive, how sharp is each row, how far and where does it look?
+Measure   each class says; row sums, denominators and NaN follow the conventions of the sink papers
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Optional
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+
+from interp.stream.reducer import Positions, Reducer, Where
+from interp.stream.tiles import Tile
+
+CHUNK = 64
+"""Keys of which the highest is found together, before they are looked at one by one."""
+
+MIN_VISIBLE = 0.5
+"""A key that fewer of its possible queries can see has no received mass (sliding windows)."""
+
+
+class Received(Reducer):
+    """Mean attention that each key receives from the queries that can see it: alpha [head, key].
+
+    Example:
+        >>> rows = torch.tensor([[[[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.6, 0.2, 0.2]]]])
+        >>> seen = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+        >>> reducer = Received()
+        >>> reducer.add(Tile(rows, torch.arange(3), torch.arange(3), seen))
+        >>> reducer.finish().values.round(2)
+        array([[0.7 , 0.35, 0.2 ]], dtype=float32)
+
+    Args:
+        queries: "self" averages over all queries that can see the key, itself included (under a
+            causal mask t >= k, as in the paper); "later" leaves out the query at the key itself.
+        subset: only these query positions count.
+        normalize: divide each row by its sum, for models with learned sink logits. Report both.
+
+    NaN where no query, or fewer than half of the queries from the key on, can see the key (sliding
+    windows). Late keys average few queries: for sinks read the first half only.
+
+    Source: arXiv:2410.10781, alpha_k^{l,h}.
+    """
+
+    name = "received"
+    axes = {"received": ("key",), "count": ("key",)}
+
+    def __init__(
+        self, queries: str = "self", subset: Optional[Positions] = None, normalize: bool = False
+    ) -> None:
+        if queries not in ("self", "later"):
+            raise ValueError(f"queries must be 'self' or 'later', not {queries!r}.")
+        self.queries, self.normalize = queries, normalize
+        self.subset = None if subset is None else Where(subset, "subset")
+        super().__init__()
+
+    def dtype(self, entry: str) -> torch.dtype:
+        return torch.int64 if entry == "count" else torch.float64
+
+    def _add(self, tile: Tile) -> None:
+        p, columns = tile.probabilities, tile.columns
+        chosen = None if self.subset is None else self.subset.among(tile.query_positions)
+        weights = None
+        if self.normalize:
+            total = tile.mass if tile.row_sum is None else tile.row_sum
+            weights = total.reciprocal().masked_fill(total == 0, 0.0)
+        if chosen is not None:
+            weights = chosen.to(p.dtype).expand(p.shape[:3]) * (1 if weights is None else weights)
+        if weights is None:
+            received = p.sum(-2)
+        else:
+            received = torch.matmul(weights[:, :, None], p)[:, :, 0]
+        own = None
+        if self.queries == "later" and tile.first_query < columns.stop \
+                and tile.last_query >= columns.start:
+            own = tile.query_positions[:, None] == tile.key_positions
+            row, column = own.nonzero(as_tuple=True)
+            mine = p[:, :, row, column]
+            received[:, :, column] -= mine if weights is None else mine * weights[:, :, row]
+        where = (tile.sequences, tile.heads, columns)
+        self._state["received"][where].add_(self._weighted(received, tile))
+        self._count(tile, chosen, own)
+
+    def _count(self, tile: Tile, chosen: Optional[Tensor], own: Optional[Tensor]) -> None:
+        """Add the number of queries in this tile that can see each key, and count."""
+        sequences, heads, columns = tile.sequences, tile.heads, tile.columns
+        seen = tile.visible
+        # What is the same for all heads (or sequences) is counted once, with the first of them.
+        if seen is None or seen.shape[1] == 1:
+            if heads.start:
+                return
+            heads = slice(None)
+        if seen is None or seen.shape[0] == 1:
+            if sequences.start:
+                return
+            sequences = slice(None)
+        here = self._state["count"][sequences, heads, columns]
+        here += len(tile.query_positions) if chosen is None else chosen.sum()
+        if seen is not None:
+            hidden = ~seen[..., tile.partial]
+            hidden = hidden if chosen is None else hidden & chosen[:, None]
+            here[..., tile.partial] -= hidden.sum(-2)
+        if own is not None:
+            gone = own if chosen is None else own & chosen[:, None]
+            here -= (gone if seen is None else gone & seen).sum(-2)
+
+    def _weighted(self, received: Tensor, tile: Tile) -> Tensor:
+        return received
+
+    def _finish(self) -> xr.DataArray:
+        n = self._n_keys
+        received, count = (self._state[k][:, :, :n].cpu().numpy() for k in ("received", "count"))
+        queries = self._queries()
+        if self.subset is not None:
+            queries = queries[self.subset.among(torch.as_tensor(queries)).numpy()]
+        side = "left" if self.queries == "self" else "right"
+        possible = len(queries) - np.searchsorted(queries, np.arange(n), side)
+        enough = (count > 0) & (count >= MIN_VISIBLE * possible)
+        alpha = np.where(enough, received / np.maximum(count, 1), np.nan).astype(np.float32)
+        array = self._labelled(alpha, "key")
+        array.attrs.update(queries=self.queries, normalize=int(self.normalize))
+        return array
+
+
+class ValueWeighted(Received):
+    """Mean norm of what each key adds to the queries that see it: alpha times ||v|| [head, key].
+
+    Example:
+        >>> rows = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])
+        >>> seen = torch.ones(1, 1, 2, 2, dtype=torch.bool).tril()
+        >>> value = torch.tensor([[[[0.0, 0.0], [3.0, 4.0]]]])
+        >>> reducer = ValueWeighted()
+        >>> reducer.add(Tile(rows, torch.arange(2), torch.arange(2), seen, value))
+        >>> reducer.finish().values
+        array([[0. , 2.5]], dtype=float32)
+
+    Args:
+        project: what a value becomes before its norm is taken, [batch, head, key, d_head] ->
+            [batch, head, key, d_model], for example by each head's part of W_O. None: itself.
+        queries, subset, normalize: as in `Received`.
+
+    Raises:
+        ValueError: the tiles come without value vectors.
+
+    Source: arXiv:2004.10102, ||alpha_ij f(x_j)||.
+    """
+
+    name = "value_weighted"
+
+    def __init__(
+        self,
+        project: Optional[Callable[[Float[Tensor, "batch head key d_head"]], Tensor]] = None,
+        queries: str = "self", subset: Optional[Positions] = None, normalize: bool = False,
+    ) -> None:
+        self.project = project
+        super().__init__(queries, subset, normalize)
+
+    def _weighted(self, received: Tensor, tile: Tile) -> Tensor:
+        if tile.value is None:
+            raise ValueError("the statistic 'value_weighted' needs the value vectors: give value.")
+        value = tile.value.to(received.dtype)
+        group = received.shape[1] // value.shape[1]
+        if self.project is None:
+            return received * value.norm(dim=-1).repeat_interleave(group, 1)
+        return received * self.project(value.repeat_interleave(group, 1)).norm(dim=-1)
+
+
+class Entropy(Reducer):
+    """Entropy of each row in nats [head, query].
+
+    Example:
+        >>> reducer = Entropy()
+        >>> reducer.add(Tile(torch.full((1, 1, 1, 4), 0.2), torch.tensor([3]), torch.arange(4)))
+        >>> round(float(reducer.finish()[0, 0]), 4), round(float(np.log(4)), 4)
+        (1.3863, 1.3863)
+
+    A row that sums to less than one (learned sink logits) is divided by its sum first.
+    """
+
+    name = "entropy"
+    axes = {"entropy": ("query",)}
+    wants_row_entropy = True
+
+    def _add(self, tile: Tile) -> None:
+        if tile.row_entropy is not None:
+            if tile.first:
+                self._increase("entropy", tile, tile.row_entropy)
+            return
+        p = tile.probabilities
+        # Zeros become tiny numbers: the logarithm of zero is slow, and no number.
+        entropy = -torch.clamp(p, min=1e-37).log_().mul_(p).sum(-1)
+        total = tile.mass if tile.row_sum is None else tile.row_sum
+        # For rows that sum to less than one: -sum p/r log p/r.
+        self._increase("entropy", tile, (entropy + tile.mass * total.log()) / total)
+
+    def _finish(self) -> xr.DataArray:
+        entropy = self._state["entropy"].clamp_min(0)
+        return self._labelled(self._per_query(entropy), "query").assign_attrs(units="nats")
+
+
+class RowDeficit(Reducer):
+    """What each row lacks to one: mass on learned sinks, outside of the sequence [head, query].
+
+    Example:
+        >>> reducer = RowDeficit()
+        >>> reducer.add(Tile(torch.full((1, 1, 1, 4), 0.2), torch.tensor([3]), torch.arange(4)))
+        >>> round(float(reducer.finish()[0, 0]), 4)
+        0.2
+
+    Source: arXiv:2309.17453 (SoftMax-off-by-one), s = 1 - sum_j A_tj.
+    """
+
+    name = "row_deficit"
+    axes = {"mass": ("query",)}
+
+    def _add(self, tile: Tile) -> None:
+        self._increase("mass", tile, tile.mass)
+
+    def _finish(self) -> xr.DataArray:
+        return self._labelled(self._per_query(1 - self._state["mass"]), "query")
+
+
+class Distance(Reducer):
+    """Mean distance between a query and the keys it attends to, in tokens [head, query].
+
+    Example:
+        >>> reducer = Distance()
+        >>> rows = torch.tensor([[[[0.25, 0.0, 0.0, 0.75]]]])
+        >>> reducer.add(Tile(rows, torch.tensor([3]), torch.arange(4)))
+        >>> float(reducer.finish()[0, 0])
+        0.75
+
+    Args:
+        normalize: divide by the row's sum, for models with learned sink logits.
+
+    Distances are absolute, also for keys after the query (bidirectional attention).
+
+    Source: arXiv:2510.13554, attention span d = sum_s A_ts (t - s).
+    """
+
+    name = "distance"
+    axes = {"distance": ("query",), "mass": ("query",)}
+
+    def __init__(self, normalize: bool = False) -> None:
+        self.normalize = normalize
+        super().__init__()
+
+    def _add(self, tile: Tile) -> None:
+        p, first = tile.probabilities, tile.columns.start
+        key = tile.key_positions - tile.first_query
+        late = tile.query_positions - tile.first_query
+        total = tile.mass if tile.row_sum is None else tile.row_sum
+        # With t0 the first query: t - s = (t - t0) + (t0 - s), where the first term needs only the
+        # row's sum, and the second is one product with a vector as long as s <= t0.
+        behind = min(max(tile.first_query + 1 - first, 0), p.shape[-1])
+        distance = late * total if tile.first else torch.zeros_like(total)
+        if behind:
+            distance -= torch.matmul(p[..., :behind], key[:behind].to(p.dtype))
+        if behind < p.shape[-1]:
+            rest = (late[:, None] - key[behind:]).abs() - late[:, None]
+            distance += (p[..., behind:] * rest).sum(-1)
+        self._increase("distance", tile, distance)
+        if self.normalize and tile.first:
+            self._increase("mass", tile, total)
+
+    def _finish(self) -> xr.DataArray:
+        distance = self._state["distance"]
+        if self.normalize:
+            distance = distance / self._state["mass"]
+        array = self._labelled(self._per_query(distance), "query")
+        return array.assign_attrs(units="tokens", normalize=int(self.normalize))
+
+
+class SegmentMass(Reducer):
+    """Attention on each named segment of the keys [head, query, segment].
+
+    Example:
+        >>> reducer = SegmentMass({"sink": [0], "rest": slice(1, None)})
+        >>> rows = torch.tensor([[[[0.5, 0.25, 0.25]]]])
+        >>> reducer.add(Tile(rows, torch.tensor([2]), torch.arange(3)))
+        >>> reducer.finish().sel(segment="rest").values
+        array([[0.5]], dtype=float32)
+
+    Args:
+        segments: name -> positions (indices, range or slice; an open slice goes to the last key).
+            They may overlap and need not cover everything.
+
+    Raises:
+        ValueError: no segments, or a position below zero.
+    """
+
+    name = "segments"
+    axes = {"mass": ("query", "segment")}
+
+    def __init__(self, segments: Mapping[str, Positions]) -> None:
+        if not segments:
+            raise ValueError(
+                "the statistic 'segments' needs named segments: segments={'needle': [3, 4, 5]}."
+            )
+        self.segments = {k: Where(where, f"segment {k!r}") for k, where in segments.items()}
+        super().__init__()
+
+    def sizes(self) -> dict[str, int]:
+        return {"segment": len(self.segments)}
+
+    def _add(self, tile: Tile) -> None:
+        where = self._rows(tile)
+        mass = self._state["mass"][where]
+        for number, segment in enumerate(self.segments.values()):
+            columns = segment.within(tile.columns)
+            if isinstance(columns, slice):
+                if columns.start < columns.stop:
+                    mass[..., number] += tile.probabilities[..., columns].sum(-1)
+            elif columns:
+                index = torch.tensor(columns, device=tile.probabilities.device)
+                mass[..., number] += tile.probabilities.index_select(-1, index).sum(-1)
+        if not isinstance(tile.rows, slice):
+            self._state["mass"][where] = mass
+
+    def _finish(self) -> xr.DataArray:
+        return self._labelled(self._per_query(self._state["mass"]), "query", "segment",
+                              segment=list(self.segments))
+
+
+class Offsets(Reducer):
+    """Mean attention at fixed relative positions, key minus query [head, offset].
+
+    Example:
+        >>> reducer = Offsets([-1, 0])
+        >>> rows = torch.tensor([[[[1.0, 0.0], [0.25, 0.75]]]])
+        >>> seen = torch.ones(1, 1, 2, 2, dtype=torch.bool).tril()
+        >>> reducer.add(Tile(rows, torch.arange(2), torch.arange(2), seen))
+        >>> reducer.finish().values
+        array([[0.25 , 0.875]], dtype=float32)
+
+    Args:
+        offsets: -1 is the previous token, 0 the query's own.
+        subset: only these query positions count.
+        per_query: keep every query, [head, query, offset], instead of their mean.
+
+    Only queries that can see a key at the offset count; NaN if there is none.
+    """
+
+    name = "offsets"
+
+    def __init__(
+        self, offsets: Iterable[int] = (-1, 0), subset: Optional[Positions] = None,
+        per_query: bool = False,
+    ) -> None:
+        self.offsets = tuple(int(o) for o in offsets)
+        if not self.offsets or len(set(self.offsets)) < len(self.offsets):
+            raise ValueError(f"offsets must be different numbers, at least one, not {offsets!r}.")
+        self.subset = None if subset is None else Where(subset, "subset")
+        self.per_query = per_query
+        super().__init__()
+
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:  # type: ignore[override]
+        """As in `Reducer`."""
+        shape = ("query", "offset") if self.per_query else ("offset",)
+        return {"mass": shape, "count": shape}
+
+    def sizes(self) -> dict[str, int]:
+        return {"offset": len(self.offsets)}
+
+    def dtype(self, entry: str) -> torch.dtype:
+        return torch.int64 if entry == "count" else torch.float64
+
+    def _add(self, tile: Tile) -> None:
+        first, last = tile.columns.start, tile.columns.stop
+        low, high = min(self.offsets), max(self.offsets)
+        if tile.last_query + high < first or tile.first_query + low >= last:
+            return
+        offsets = torch.tensor(self.offsets, device=tile.query_positions.device)
+        column = tile.query_positions[:, None] + offsets - first
+        there = (column >= 0) & (column < last - first)
+        if self.subset is not None:
+            there &= self.subset.among(tile.query_positions)[:, None]
+        shape = tile.probabilities.shape
+        column = column.clamp(0, last - first - 1).expand(*shape[:2], -1, -1)
+        there = there.expand_as(column)
+        if tile.visible is not None:
+            there = there & tile.visible.expand(shape).gather(-1, column)
+        mass = tile.probabilities.gather(-1, column) * there
+        if self.per_query:
+            self._increase("mass", tile, mass)
+            self._increase("count", tile, there)
+        else:
+            self._state["mass"][tile.sequences, tile.heads] += mass.sum(-2)
+            self._state["count"][tile.sequences, tile.heads] += there.sum(-2)
+
+    def _finish(self) -> xr.DataArray:
+        mean = self._state["mass"] / self._state["count"]
+        labels = {"offset": list(self.offsets)}
+        if self.per_query:
+            return self._labelled(self._per_query(mean), "query", "offset", **labels)
+        return self._labelled(mean.cpu().numpy().astype(np.float32), "offset", **labels)
+
+
+class TopKeys(Reducer):
+    """The k keys that each query attends to most [head, query, rank, quantity].
+
+    Example:
+        >>> reducer = TopKeys(2)
+        >>> rows = torch.tensor([[[[0.25, 0.5, 0.25]]]])
+        >>> reducer.add(Tile(rows, torch.tensor([2]), torch.arange(3)))
+        >>> top = reducer.finish()
+        >>> top.sel(quantity="value").values, top.sel(quantity="key").values
+        (array([[[0.5 , 0.25]]]), array([[[1., 0.]]]))
+
+    The last axis, `quantity`, holds the probability ("value") and the position ("key"); both are
+    NaN where a query sees fewer than k keys. Of equal probabilities the earlier key comes first.
+    """
+
+    name = "top_keys"
+    axes = {"top": ("query", "rank")}
+
+    def __init__(self, k: int = 1) -> None:
+        if k < 1:
+            raise ValueError(f"k is {k}; ask for at least one key.")
+        self.k = k
+        super().__init__()
+
+    def sizes(self) -> dict[str, int]:
+        return {"rank": self.k}
+
+    def dtype(self, entry: str) -> torch.dtype:
+        return torch.int64
+
+    def _add(self, tile: Tile) -> None:
+        p = tile.probabilities.flatten(0, 2)
+        before = self._state["top"][self._rows(tile)].reshape(-1, self.k)
+        width, chunks = p.shape[1], p.shape[1] // CHUNK
+        tops = None
+        if chunks > 2 * self.k:
+            # The k best keys are in the k chunks with the highest maxima (ties: first chunks).
+            tops = p[:, : chunks * CHUNK].unflatten(1, (chunks, CHUNK)).amax(-1)
+            highest = tops.amax(-1)
+            if chunks * CHUNK < width:
+                highest = torch.maximum(highest, p[:, chunks * CHUNK :].amax(-1))
+        else:
+            highest = p.amax(-1)
+        # Rows that find nothing better in this tile are done.
+        rows = (highest.float() >= _probability(before[:, -1])).nonzero()[:, 0]
+        if not len(rows):
+            return
+        every = len(rows) == len(before)
+        old = before if every else before[rows]
+        if tops is None:
+            found = self._best(old, p if every else p[rows], tile.key_positions)
+        else:
+            column = self._columns(tops if every else tops[rows], chunks, width)
+            value = p.reshape(-1).take(rows[:, None] * width + column)
+            found = self._best(old, value, column + tile.columns.start)
+        if tile.visible is not None:
+            # A hidden key has probability zero; a visible one may have, too.
+            unclear = ((found > 0) & (_probability(found) == 0)).any(-1).nonzero()[:, 0]
+            if len(unclear):
+                which = rows[unclear]
+                visible = tile.visible.expand(tile.probabilities.shape).reshape(-1, width)[which]
+                found[unclear] = self._best(old[unclear], p[which], tile.key_positions, visible)
+        after = found if every else before.index_copy(0, rows, found)
+        self._state["top"][self._rows(tile)] = after.view(*tile.probabilities.shape[:3], self.k)
+
+    def _columns(self, tops: Tensor, chunks: int, width: int) -> Tensor:
+        """Columns of the best chunks of each row, and those behind the last chunk."""
+        number = torch.arange(chunks, device=tops.device)
+        packed = _pack(tops, number).topk(self.k, -1).values if self.k > 1 else None
+        chunk = tops.max(-1, True).indices if packed is None else _LAST - (packed & _LAST)
+        inside = torch.arange(CHUNK, device=tops.device)
+        columns = (chunk[:, :, None] * CHUNK + inside).flatten(1)
+        if chunks * CHUNK == width:
+            return columns
+        tail = torch.arange(chunks * CHUNK, width, device=tops.device)
+        return torch.cat([columns, tail.expand(len(columns), -1)], -1)
+
+    def _best(
+        self, old: Tensor, value: Tensor, key: Tensor, visible: Optional[Tensor] = None
+    ) -> Tensor:
+        """The k best of those already found and these, packed."""
+        packed = _pack(value, key)
+        if visible is not None:
+            packed = packed.masked_fill(~visible, 0)
+        if self.k == 1:
+            return torch.maximum(old, packed.amax(-1, True))
+        packed = torch.cat([old, packed], -1)
+        return packed.topk(self.k, -1).values
+
+    def _finish(self) -> xr.DataArray:
+        top = self._state["top"][:, :, self._queries()].cpu()
+        both = torch.stack([_probability(top).double(), (_LAST - (top & _LAST)).double()], -1)
+        both = both.masked_fill((top == 0)[..., None], torch.nan).numpy()
+        return self._labelled(both, "query", "rank", "quantity", rank=np.arange(self.k),
+                              quantity=["value", "key"])
+
+
+_LAST = 0xFFFFFFFF
+
+
+# A non-negative float32 orders like its bits, so that one integer (bits, reversed key) orders by
+# probability and then by key, in whatever order tiles come; 0 stands for "none".
+def _pack(probability: Tensor, key: Tensor) -> Tensor:
+    bits = probability.float().contiguous().view(torch.int32).to(torch.int64)
+    return (bits << 32) | (_LAST - key.to(torch.int64))
+
+
+def _probability(packed: Tensor) -> Tensor:
+    return (packed >> 32).to(torch.int32).view(torch.float32)
+
+
+_REGISTERED: dict[str, type[Reducer]] = {
+    kind.name: kind
+    for kind in (Received, Entropy, Distance, SegmentMass, TopKeys, Offsets, RowDeficit,
+                 ValueWeighted)
+}
+NAMES = tuple(_REGISTERED)
+"""Names of the statistics of attention."""
+
+
+def by_name(name: str, **context: Any) -> Reducer:
+    """A statistic by its name, with those settings that it knows.
+
+    Example:
+        >>> by_name("segments", segments={"image": range(4, 40)}, k=3).name
+        'segments'
+        >>> by_name("nothing")
+        Traceback (most recent call last):
+        ...
+        ValueError: there is no statistic 'nothing'; choose from: received, entropy, distance, \
+segments, top_keys, offsets, row_deficit, value_weighted.
+
+    Args:
+        context: settings of any statistics (k, segments, offsets, ...); each takes its own.
+
+    Raises:
+        ValueError: the name, or a setting that no statistic has.
+    """
+    if name not in _REGISTERED:
+        raise ValueError(f"there is no statistic {name!r}; choose from: {', '.join(NAMES)}.")
+    known = {k: set(inspect.signature(v.__init__).parameters) - {"self"}
+             for k, v in _REGISTERED.items()}
+    strange = set(context) - set().union(*known.values())
+    if strange:
+        raise ValueError(
+            f"no statistic has the setting {sorted(strange)[0]!r}; {name!r} takes: "
+            f"{', '.join(sorted(known[name])) or 'none'}."
+        )
+    given = {k: v for k, v in context.items() if k in known[name]}
+    if name == "segments" and "segments" not in given:
+        given["segments"] = {}
+    return _REGISTERED[name](**given)

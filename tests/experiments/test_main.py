@@ -1,0 +1,167 @@
+"""The command line: what it prints, where it writes, and how it fails."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import experiments.__main__ as cli
+from experiments._outcome import Outcome
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path):
+    """Runs a command line in an empty folder, on a wide terminal."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def run(*words):
+        return CliRunner().invoke(cli.app, [str(word) for word in words])
+
+    return run
+
+
+def sentences(text):
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def test_list_shows_every_experiment_and_what_it_asks(lab, call):
+    lab.add("alpha")
+    lab.add("beta")
+    found = call("list")
+    assert found.exit_code == 0
+    for text in ("alpha", "beta", "Sinks & <b>other</b> tokens", "arXiv:2410.10781",
+                 "Where are they?", "heads", "levels", "backcopy-1l"):
+        assert text in found.stdout
+
+
+def test_list_names_a_broken_experiment_and_shows_the_others(lab, call):
+    lab.add("alpha")
+    lab.add("broken", "import no_such_module")
+    found = call("list")
+    assert found.exit_code == 1 and "alpha" in found.stdout
+    assert "broken: ModuleNotFoundError: No module named 'no_such_module'" in found.stderr
+
+
+def test_run_prints_the_claims_and_where_the_figures_are(lab, call, tmp_path):
+    lab.add("alpha")
+    found = call("run", "alpha", "--seed", 3)
+    assert found.exit_code == 0, found.output
+    flat = re.sub(r"[\s│┃]+", " ", found.stdout)
+    for text in ("Token 0 is a <sink>. [tiny-model]", "18.2 % (paper)", "0.9", "0.786 to 0.957",
+                 "above 0.1", "supported", "refuted", "not testable",
+                 "It needs depth. (the model has 3 blocks)",
+                 "alpha: 2 figures in figures/alpha",
+                 "3 claims: 1 supported, 1 refuted, 0 inconclusive, 1 not testable."):
+        assert text in flat
+    assert Outcome.load(tmp_path / "figures" / "alpha").manifest["seed"] == 3
+
+
+def test_run_all_runs_every_experiment_once(lab, call, tmp_path):
+    lab.add("alpha")
+    lab.add("beta")
+    assert call("run", "beta", "all", "--out", "here").exit_code == 0
+    assert sorted(p.name for p in (tmp_path / "here").iterdir()) == ["alpha", "beta"]
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["aleph"], "there is no experiment 'aleph'; there are: alpha, or all."),
+    (["alpha", "--figure", "sizes"], "there is no figure 'sizes' in alpha; there are: heads, lev"),
+    (["alpha", "--seed", "-1"], "seed cannot be '-1'"),
+    (["alpha", "--device", "gpu"], "device cannot be 'gpu'"),
+    (["alpha", "--dtype", "half"], "dtype cannot be 'half'"),
+    (["alpha", "--train"], "--train means nothing to alpha"),
+])
+def test_what_cannot_be_asked_is_answered_in_one_sentence(lab, call, tmp_path, words, sentence):
+    lab.add("alpha")
+    found = call("run", *words)
+    assert found.exit_code == 2
+    (line,) = sentences(found.stderr)
+    assert sentence in line and found.stdout == ""
+    assert not (tmp_path / "figures").exists()
+
+
+def test_a_module_without_a_paper_is_named(lab, call):
+    lab.add("alpha", "x = 1")
+    found = call("run", "alpha")
+    assert found.exit_code == 2 and "must define PAPER and run" in found.stderr
+
+
+@pytest.mark.parametrize("error, sentence", [
+    ("__import__('interp').core.ModelNotFound('no model of that name.')", "no model of that name."),
+    ("__import__('interp').core.SegmentNotFound('no such segment.')", "no such segment."),
+])
+def test_an_error_of_the_package_is_one_sentence(lab, call, error, sentence):
+    lab.fails_with("alpha", error)
+    found = call("run", "alpha")
+    assert found.exit_code == 1
+    assert sentences(found.stderr)[1:] == [f"alpha: {sentence}", "Failed: alpha."]
+    traced = call("run", "alpha", "--debug")
+    assert traced.exit_code == 1 and "Traceback" in traced.stderr
+
+
+def test_an_unforeseen_error_says_where_it_happened(lab, call):
+    lab.fails_with("alpha", "KeyError('x')")
+    found = call("run", "alpha")
+    assert found.exit_code == 1 and "Traceback" not in found.stderr
+    assert re.search(r"alpha: KeyError: 'x' \(alpha.py, line \d+\). Run it with --debug",
+                     found.stderr)
+
+
+def test_one_failure_does_not_stop_the_others(lab, call, tmp_path):
+    lab.fails_with("alpha", "RuntimeError('x')")
+    lab.add("beta")
+    lab.add("gamma", "import no_such_module")
+    found = call("run", "all")
+    assert found.exit_code == 1
+    assert "Failed: gamma, alpha." in found.stderr and "beta: 2 figures" in found.stdout
+    assert [p.name for p in (tmp_path / "figures").iterdir()] == ["beta"]
+
+
+def test_an_interruption_stops_everything_and_leaves_what_was_there(lab, call, tmp_path):
+    lab.add("alpha")
+    lab.fails_with("beta", "KeyboardInterrupt()")
+    lab.add("gamma")
+    found = call("run", "all")
+    assert found.exit_code == 130
+    assert "Interrupted: figures/beta is as it was before." in found.stderr
+    assert "Traceback" not in found.stderr and "alpha: 2 figures" in found.stdout
+    assert [p.name for p in (tmp_path / "figures").iterdir()] == ["alpha"]
+
+
+@pytest.mark.parametrize("words, folder", [
+    ([], "figures"),
+    (["--tiny"], "figures/tiny"),
+    (["--model", "Qwen/Qwen3-4B"], "figures/Qwen3-4B"),
+    (["--model", "a", "--model", "/models/b/", "--tiny"], "figures/a-b/tiny"),
+    (["--figure", "heads"], "figures/only-heads"),
+    (["--tiny", "--out", "here"], "here"),
+])
+def test_a_partial_run_does_not_land_on_the_whole_one(lab, call, tmp_path, words, folder):
+    lab.add("alpha")
+    assert call("run", "alpha", *words).exit_code == 0
+    assert [p.parent.relative_to(tmp_path) for p in tmp_path.rglob("claims.json")] == [
+        Path(folder) / "alpha"]
+
+
+def test_a_figure_runs_only_the_experiments_that_draw_it(lab, call, tmp_path):
+    lab.add("alpha")
+    lab.add("beta")
+    path = lab.folder / "beta.py"
+    path.write_text(path.read_text().replace('"levels"', '"sizes"'))
+    found = call("run", "all", "--figure", "levels", "--out", "here")
+    assert found.exit_code == 0, found.output
+    assert [p.name for p in (tmp_path / "here").iterdir()] == ["alpha"]
+
+
+def test_settings_reach_the_experiment(lab, call, tmp_path):
+    lab.add("alpha", **{"    rng = settings.rng()": "    rng = settings.rng()\n"
+                        "    assert settings.opening() == {'device': 'cpu', 'dtype': 'float32'}\n"
+                        "    assert settings.models(PAPER) == ('m', 'n') and settings.tiny"})
+    found = call("run", "alpha", "--model", "m", "--model", "n", "--tiny", "--device", "cpu",
+                 "--dtype", "float32", "--out", "here")
+    assert found.exit_code == 0, found.output
+    settings = Outcome.load(tmp_path / "here" / "alpha").manifest["settings"]
+    assert settings == {"model": ["m", "n"], "seed": 0, "tiny": True, "train": False,
+                        "figure": None, "device": "cpu", "dtype": "float32"}
