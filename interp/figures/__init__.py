@@ -1,0 +1,1 @@
+"""Drawing: one kind of figure per file, results in and axes out, never a model."""
