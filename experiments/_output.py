@@ -320,11 +320,15 @@ def _content(value: Any) -> Any:
         array = np.ascontiguousarray(value)
     else:
         detach: Any = getattr(value, "detach", None)
-        array = None if detach is None else np.ascontiguousarray(detach().to("cpu").numpy())
+        if detach is not None:
+            tensor = detach().to("cpu")
+            # NumPy has no bfloat16; float32 holds its values exactly, and the dtype is in the key.
+            tensor = tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor
+            array = np.ascontiguousarray(tensor.numpy())
     if array is None or array.dtype == object:
         raise TypeError(
             f"a {type(value).__name__} cannot be part of a cache key; give plain data, arrays, "
             "prompts or interventions."
         )
-    return {"array": hashlib.sha256(array.tobytes()).hexdigest(), "dtype": str(array.dtype),
+    return {"array": hashlib.sha256(array.tobytes()).hexdigest(), "dtype": str(value.dtype),
             "shape": list(array.shape)}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 from matplotlib.figure import Figure
 from PIL import Image
@@ -403,7 +404,8 @@ KEYS = [
     {"values": np.arange(2000).reshape(2, 1000)}, {"values": np.arange(2000).astype(np.int32)},
     {"prompt": [Prompt.from_tokens([1, 2])]}, {"prompt": [Prompt.from_tokens([1, 3])]},
     {"write": ablate("L1H2")}, {"write": ablate("L1H3")}, {"setup": Setup((1, 2))},
-    {"setup": Setup((1, 3))},
+    {"setup": Setup((1, 3))}, {"values": torch.ones(3)}, {"values": torch.ones(3).bfloat16()},
+    {"values": torch.tensor([1.0, 1.0, 1.5]).bfloat16()},
 ]
 
 
