@@ -19,7 +19,7 @@ from interp.core.intervention import (
     ScaleHeads,
     thaw,
 )
-from interp.core.prompt import Prompt, Where
+from interp.core.prompt import Prompt
 from interp.core.site import HEADED, PAIRS, check_layers
 from interp.stream.rows import image_centric_rows, move_mass
 
@@ -59,8 +59,8 @@ class Pass:
 class Places:
     """Positions of one prompt, with or without everything generated after it."""
 
-    def __init__(self, prompt: Prompt, where: Where) -> None:
-        where = thaw(where)
+    def __init__(self, prompt: Prompt, frozen: Any) -> None:
+        where = thaw(frozen)
         self.tail: Optional[int] = None
         if isinstance(where, str) and where == "all" and not _names(prompt, where):
             self.fixed, self.tail = tuple(range(len(prompt))), len(prompt)
