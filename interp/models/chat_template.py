@@ -134,7 +134,7 @@ def _as_strings(messages: list[Message], image: str) -> list[Message]:
     ]
 
 
-def _statics(text: str, count: int) -> Optional[list[str]]:
+def _between(text: str, count: int) -> Optional[list[str]]:
     """What stands between the markers 0, ..., count - 1; None if they are not all there once."""
     pieces = _MARKER.split(text)
     if pieces[1::2] != [str(number) for number in range(count)]:
@@ -142,12 +142,12 @@ def _statics(text: str, count: int) -> Optional[list[str]]:
     return pieces[0::2]
 
 
-def _places(text: str, statics: list[str], texts: list[str]) -> Optional[list[Span]]:
+def _places(text: str, between: list[str], texts: list[str]) -> Optional[list[Span]]:
     """Where the texts stand between the template's own pieces, as written or trimmed."""
-    if not text.startswith(statics[0]):
+    if not text.startswith(between[0]):
         return None
-    at, found = len(statics[0]), []
-    for own, after in zip(texts, statics[1:]):
+    at, found = len(between[0]), []
+    for own, after in zip(texts, between[1:]):
         for form in (own, own.strip(), own.lstrip(), own.rstrip()):
             if text.startswith(form + after, at):
                 found.append((at, at + len(form)))
@@ -194,14 +194,14 @@ def render(messages: list[Message], template: Render, image: str, name: str) -> 
         # A template for strings prints lists of parts as Python or JSON.
         if re.search("['\"]text['\"]: *['\"]\ue000", out) or "'type': 'image'" in out:
             return None
-        return _statics(out, count)
+        return _between(out, count)
 
     has_parts = any(part["type"] == "image" for m in messages for part in m["content"])
     forms = (False, True) if has_parts or _needs_parts(template) else (True, False)
-    as_strings, statics = forms[0], None
+    as_strings, between = forms[0], None
     for form in forms:
-        statics = probe(messages, form)
-        if statics is not None:
+        between = probe(messages, form)
+        if between is not None:
             as_strings = form
             break
     given = _as_strings(messages, image) if as_strings else messages
@@ -211,7 +211,7 @@ def render(messages: list[Message], template: Render, image: str, name: str) -> 
         raise PromptError(
             f"the chat template of {name} refused the messages: {str(error) or repr(error)}."
         ) from None
-    places: Optional[list[Any]] = _places(text, statics, texts) if statics else None
+    places: Optional[list[Any]] = _places(text, between, texts) if between else None
     if places is None:
         places = _search(text, texts, name)
     typed = tuple(
@@ -219,9 +219,9 @@ def render(messages: list[Message], template: Render, image: str, name: str) -> 
         for place, (number, role, _) in zip(places, _texts(messages)) if place is not None
     )
     system = None
-    if statics is not None and all(message["role"] != "system" for message in messages):
+    if between is not None and all(message["role"] != "system" for message in messages):
         first = [{"role": "system", "content": [{"type": "text", "text": "."}]}]
-        system = _default_system(statics, probe(first + messages, as_strings))
+        system = _default_system(between, probe(first + messages, as_strings))
     return Rendered(text, typed, _header(template, given, text, typed), system)
 
 
@@ -247,12 +247,12 @@ def _header(
     return (start, len(text)) if text[start:].strip() else None
 
 
-def _default_system(statics: list[str], explicit: Optional[list[str]]) -> Optional[Span]:
+def _default_system(between: list[str], explicit: Optional[list[str]]) -> Optional[Span]:
     """The template's own system prompt: what an explicit one would replace."""
     if explicit is None or len(explicit) < 2:
         return None
     before, after = explicit[0], explicit[1]
-    own = statics[0]
+    own = between[0]
     start, stop = len(before), len(own) - len(after)
     if not (own.startswith(before) and own.endswith(after) and start < stop):
         return None
