@@ -316,6 +316,7 @@ def _content(value: Any) -> Any:
         named = {f.name: _content(getattr(value, f.name)) for f in fields(value)}
         return {type(value).__name__: named}
     array: Optional[np.ndarray] = None
+    dtype = str(getattr(value, "dtype", ""))
     if isinstance(value, (np.ndarray, np.generic)):
         array = np.ascontiguousarray(value)
     else:
@@ -323,12 +324,12 @@ def _content(value: Any) -> Any:
         if detach is not None:
             tensor = detach().to("cpu")
             # NumPy has no bfloat16; float32 holds its values exactly, and the dtype is in the key.
-            tensor = tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor
+            tensor = tensor.float() if dtype == "torch.bfloat16" else tensor
             array = np.ascontiguousarray(tensor.numpy())
     if array is None or array.dtype == object:
         raise TypeError(
             f"a {type(value).__name__} cannot be part of a cache key; give plain data, arrays, "
             "prompts or interventions."
         )
-    return {"array": hashlib.sha256(array.tobytes()).hexdigest(), "dtype": str(value.dtype),
+    return {"array": hashlib.sha256(array.tobytes()).hexdigest(), "dtype": dtype,
             "shape": list(array.shape)}
