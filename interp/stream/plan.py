@@ -57,7 +57,8 @@ class Plan:
                     raise NumericalError(
                         f"{name} contains NaN or infinity; recompute it in float32 or bfloat16."
                     )
-        self.dtype = torch.promote_types(query.dtype, torch.float32)
+        widest = torch.promote_types(query.dtype, key.dtype)
+        self.dtype = torch.promote_types(widest, torch.float32)
         self.device = query.device
         self.keys = range(key_offset, key_offset + n_keys)
         self.positions = self._positions(query_offset, query_positions)

@@ -54,7 +54,8 @@ class Reducer:
         return torch.float64
 
     def register(
-        self, batch: int, n_heads: int, queries: Sequence[int], n_keys: int
+        self, batch: int, n_heads: int, queries: Sequence[int], n_keys: int,
+        device: Optional[torch.device] = None,
     ) -> None:
         """Announce queries that will be added; those that are there already are refused."""
         if self._n_heads not in (None, n_heads):
@@ -77,6 +78,8 @@ class Reducer:
                 "before a new sequence, or use one reducer for each."
             )
         self._seen[index] = True
+        if not self._state:
+            self._allocate(device)
 
     def _reserve(self, n_queries: int, n_keys: int) -> None:
         """Make room; capacities double, so that decoding token by token stays linear."""
@@ -101,26 +104,24 @@ class Reducer:
         sizes = {**self._capacity, **self.sizes()}
         return [sizes[axis] for axis in ({**self.axes, "sighted": ("query",)})[entry]]
 
-    def _allocate(self, tile: Tile) -> None:
-        p = tile.probabilities
+    def _allocate(self, device: Optional[torch.device]) -> None:
         for entry in (*self.axes, "sighted"):
             kind = torch.bool if entry == "sighted" else self.dtype(entry)
-            if kind == torch.float64 and p.device.type == "mps":
+            if kind == torch.float64 and device is not None and device.type == "mps":
                 kind = torch.float32
-            shape = [self._batch, self._n_heads, *self._shape(entry)]
-            self._state[entry] = torch.zeros(shape, dtype=kind, device=p.device)
+            shape = [self._batch, self._n_heads or 0, *self._shape(entry)]
+            self._state[entry] = torch.zeros(shape, dtype=kind, device=device)
 
     def add(self, tile: Tile) -> None:
         """Take in one tile."""
         if not tile.announced:
             known = tile.last_query < len(self._seen) and self._seen[tile.rows].all()
             if not known:
-                self.register(
-                    *tile.probabilities.shape[:2], _positions(tile.rows), tile.columns.stop)
+                batch, heads = tile.probabilities.shape[:2]
+                self.register(batch, heads, _positions(tile.rows), tile.columns.stop,
+                              tile.probabilities.device)
             elif tile.columns.stop > self._n_keys:
                 self._reserve(0, tile.columns.stop)
-        if not self._state:
-            self._allocate(tile)
         if tile.visible is None or tile.partial.indices(tile.width) != (0, tile.width, 1):
             self._sighted[tile.rows] = True
         else:

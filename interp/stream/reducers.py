@@ -254,19 +254,18 @@ class Distance(Reducer):
         p, first = tile.probabilities, tile.columns.start
         key = tile.key_positions - tile.first_query
         late = tile.query_positions - tile.first_query
-        total = tile.mass if tile.row_sum is None else tile.row_sum
-        # With t0 the first query: t - s = (t - t0) + (t0 - s), where the first term needs only the
-        # row's sum, and the second is one product with a vector as long as s <= t0.
+        # With t0 the first query, t - s = (t - t0) + (t0 - s): for keys s <= t0 two sums that
+        # cannot cancel, of which the second is a product with a vector.
         behind = min(max(tile.first_query + 1 - first, 0), p.shape[-1])
-        distance = late * total if tile.first else torch.zeros_like(total)
+        distance = torch.zeros_like(p[..., 0])
         if behind:
-            distance -= torch.matmul(p[..., :behind], key[:behind].to(p.dtype))
+            mass = tile.mass if behind == p.shape[-1] else p[..., :behind].sum(-1)
+            distance = late * mass - torch.matmul(p[..., :behind], key[:behind].to(p.dtype))
         if behind < p.shape[-1]:
-            rest = (late[:, None] - key[behind:]).abs() - late[:, None]
-            distance += (p[..., behind:] * rest).sum(-1)
+            distance += (p[..., behind:] * (late[:, None] - key[behind:]).abs()).sum(-1)
         self._increase("distance", tile, distance)
-        if self.normalize and tile.first:
-            self._increase("mass", tile, total)
+        if self.normalize:
+            self._increase("mass", tile, tile.mass)
 
     def _finish(self) -> xr.DataArray:
         distance = self._state["distance"]

@@ -185,7 +185,7 @@ def stream(
     sweep = _Sweep(plan, rule, scaling, softcap, sink_logits)
     sweep.entropy = any(getattr(reducer, "wants_row_entropy", False) for reducer in reducers)
     for reducer in reducers:
-        reducer.register(plan.batch, plan.heads, plan.positions, plan.keys.stop)
+        reducer.register(plan.batch, plan.heads, plan.positions, plan.keys.stop, plan.device)
     if lse is not None and lse.shape != query.shape[:3]:
         raise ValueError(
             f"lse has shape {tuple(lse.shape)}; expected [batch, head, query] = "

@@ -37,6 +37,11 @@ SEGMENTS = {"first": [0], "scattered": [1, 4, 5, 11], "late": range(7, 12), "eve
 OFFSETS = (-3, -1, 0, 2)
 
 
+def doubled(value: torch.Tensor) -> torch.Tensor:
+    """Stands for the output matrix of a head."""
+    return torch.cat([value, -value[..., :1]], -1) * 2
+
+
 @dataclass(repr=False)
 class Case:
     """Inputs of one attention call, and everything dense about it."""
@@ -64,6 +69,9 @@ class Case:
 
     def __repr__(self) -> str:
         return f"Case({self.kind}, q {tuple(self.query.shape)}, k {tuple(self.key.shape)}, {self.given})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))
 
     def stream(self, reducers: list, **more: Any) -> Any:
         return stream(self.query, self.key, self.value, reducers=reducers, mask=self.mask,
@@ -138,7 +146,7 @@ def every_reducer() -> dict[str, Reducer]:
         "received subset": Received(subset=[1, 2, 5, 6, 9, 13]),
         "received later subset": Received("later", subset=slice(3, 12), normalize=True),
         "value weighted": ValueWeighted(),
-        "value projected": ValueWeighted(project=lambda v: v[..., :2] * 3),
+        "value projected": ValueWeighted(project=doubled),
         "entropy": Entropy(),
         "row deficit": RowDeficit(),
         "distance": Distance(),
@@ -167,7 +175,7 @@ def expected(case: Case) -> dict[str, torch.Tensor]:
             p, seen, t, s, queries="later", subset=range(3, 12), normalize=True),
         "value weighted": dense.value_weighted(p, case.value, seen, t, s),
         "value projected": dense.value_weighted(
-            p, case.value, seen, t, s, project=lambda v: v[..., :2] * 3),
+            p, case.value, seen, t, s, project=doubled),
         "entropy": dense.entropy(p, seen),
         "row deficit": dense.row_deficit(p, seen),
         "distance": dense.distance(p, seen, t, s),
@@ -304,8 +312,8 @@ def test_sequences_split_over_reducers_and_merged_equal_one_batch(case, cut):
 @given(case=cases(plain=True), prompt=st.integers(1, 20))
 def test_decoding_token_by_token_equals_prefill(case, prompt):
     n_keys = case.key.shape[2]
-    case = Case(torch.randn(*case.query.shape[:2], n_keys, case.query.shape[3]), case.key,
-                case.value, causal())
+    query = torch.randn(*case.query.shape[:2], n_keys, case.query.shape[3]).to(case.query)
+    case = Case(query, case.key, case.value, causal())
     prompt = min(prompt, n_keys)
     reducers = every_reducer()
     for first, last in [(0, prompt), *((i, i + 1) for i in range(prompt, n_keys))]:
