@@ -25,8 +25,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 figures: $(STAMP)  ## every figure and claim, from the bundled models, and where they are
-	$(BIN)/python -m experiments run all --out $(OUT)
-	$(BIN)/python -m experiments report --out $(OUT)
+	$(BIN)/python -m experiments run all --out $(OUT); status=$$?; \
+	  $(BIN)/python -m experiments report --out $(OUT) && exit $$status
 
 report: $(STAMP)  ## one HTML page from the figures that are there
 	$(BIN)/python -m experiments report --out $(OUT)

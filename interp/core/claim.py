@@ -1,12 +1,13 @@
 """A claim of a paper, checked: the verdict is computed from a statistic, a null and an interval."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, Union
 
 import numpy as np
 
 from interp.core.errors import ClaimError
 
+Real = Union[int, float]
 Verdict = Literal["supported", "refuted", "inconclusive", "not testable"]
 VERDICTS = ("supported", "refuted", "inconclusive", "not testable")
 PRINTABLE = ("code", "data", "paper", "checked", "derived")
@@ -34,11 +35,11 @@ class Claim:
 
     sentence: str
     source: str
-    measured: Optional[float] = None
-    null: Optional[float] = None
-    interval: Optional[tuple[float, float]] = None
+    measured: Optional[Real] = None
+    null: Optional[Real] = None
+    interval: Optional[tuple[Real, Real]] = None
     direction: Literal["above", "below", "equal"] = "above"
-    tolerance: float = 0.0
+    tolerance: Real = 0.0
     unit: str = ""
     n: Optional[int] = None
     statistic: str = ""

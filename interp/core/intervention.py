@@ -159,8 +159,8 @@ class Redistribute(Intervention):
     layers: Optional[tuple[int, ...]] = None
     heads: Optional[tuple[Head, ...]] = None
     image: Any = "image"
-    min_nonsink_share: Optional[float] = None
-    min_image_mass: Optional[float] = None
+    min_nonsink_share: Union[int, float, None] = None
+    min_image_mass: Union[int, float, None] = None
     phase: Phase = "all"
 
 
@@ -199,7 +199,7 @@ def ablate(
 
 
 def scale(
-    heads: Union[HeadLike, Iterable[HeadLike]], factor: float, phase: Phase = "all"
+    heads: Union[HeadLike, Iterable[HeadLike]], factor: Union[int, float], phase: Phase = "all"
 ) -> ScaleHeads:
     """Multiply the output of heads by `factor`, before the output projection.
 
@@ -281,14 +281,14 @@ def patch(
 def redistribute(
     sinks: Any,
     destination: Where = "image",
-    fraction: float = 0.6,
+    fraction: Union[int, float] = 0.6,
     *,
     queries: Where = "all",
     layers: Optional[Iterable[int]] = None,
     heads: Union[HeadLike, Iterable[HeadLike], None] = None,
     image: Where = "image",
-    min_nonsink_share: Optional[float] = 0.5,
-    min_image_mass: Optional[float] = 0.2,
+    min_nonsink_share: Union[int, float, None] = 0.5,
+    min_image_mass: Union[int, float, None] = 0.2,
     phase: Phase = "all",
 ) -> Redistribute:
     """Move `fraction` of each chosen row's attention on `sinks` to `destination`, pro rata.

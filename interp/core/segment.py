@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Optional, Union
 
 from interp.core.errors import OutOfRange
 
-Box = tuple[float, float, float, float]
+Real = Union[int, float]
+Box = tuple[Real, Real, Real, Real]
 """Pixel rectangle (left, top, right, bottom) in the user's picture, before any resizing."""
 
 
@@ -68,7 +69,7 @@ class Segment:
     def __iter__(self) -> Iterator[int]:
         return iter(self.positions)
 
-    def inside(self, box: Box, min_share: float = 0.0) -> tuple[int, ...]:
+    def inside(self, box: Box, min_share: Real = 0.0) -> tuple[int, ...]:
         """Positions whose patch shares more than `min_share` of its own area with `box`.
 
         Example:
