@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Optional, Union
+from typing import Any, Optional, Union
 
 import numpy as np
 
@@ -13,8 +13,8 @@ from interp.core.prompt import Where
 from interp.core.segment import Segment
 from interp.core.site import Site
 
-Phase = Literal["all", "prefill", "decode", "last"]
-"""When an edit acts: every pass, the prompt pass only, generated tokens only, or only on the last
+Phase = str
+"""When an edit acts, "all", "prefill", "decode" or "last": every pass, the prompt pass only, generated tokens only, or only on the last
 query of each pass (the row that predicts the next token)."""
 
 PHASES = ("all", "prefill", "decode", "last")
