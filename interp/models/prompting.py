@@ -16,7 +16,6 @@ from interp.models import chat_template
 from interp.models.naming import Encoded, Source, named_segments, with_marked
 from interp.models.offsets import Span, char_spans
 from interp.models.pictures import as_list, in_order, open_picture
-from interp.models.processor import load_processor_for as load_processor_for
 from interp.models.vision import image_segments, image_token_ids
 
 NOT_INPUTS = {

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any, ClassVar, Optional, Self, Union
+from typing import Any, ClassVar, Optional, Union
 
 import numpy as np
 import torch
@@ -144,7 +144,7 @@ class Reducer:
     def _add(self, tile: Tile) -> None:
         raise NotImplementedError
 
-    def merge(self, other: Self, axis: str = "query") -> Self:
+    def merge(self, other: "Reducer", axis: str = "query") -> "Reducer":
         """Both together, as if their queries (or sequences) had gone through one reducer.
 
         Args:
@@ -171,7 +171,7 @@ class Reducer:
             one._join_queries(two)
         return one
 
-    def _join_queries(self, other: Self) -> None:
+    def _join_queries(self, other: "Reducer") -> None:
         both = self._seen & other._seen
         if both.any():
             raise ValueError(
@@ -184,7 +184,7 @@ class Reducer:
         self._seen |= other._seen
         self._sighted |= other._sighted
 
-    def _join_sequences(self, other: Self) -> None:
+    def _join_sequences(self, other: "Reducer") -> None:
         if (self._seen != other._seen).any() or not self._state or not other._state:
             raise ValueError(
                 f"sequences of the statistic {self.name!r} can be joined only if both have "
