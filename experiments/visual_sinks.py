@@ -216,12 +216,12 @@ def _one(model: Any, settings: Settings, out: Output) -> None:
     if not discovery.found.dims:
         reason = (f"no residual coordinate of {model.name} is massive at its first token, so it "
                   f"has no sink dimensions (ratio asked for: {discovery.min_ratio:g})")
-        _spectrum(model, data[0], (), out)
+        _spectrum(model, data, (), out)
         _give_up(model.name, reason, out, [f for f in PAPER.figures if f != "spectrum"],
                  range(len(CLAIMS) - 1))
         return
     dims = discovery.found.dims
-    _spectrum(model, data[0], dims, out)
+    _spectrum(model, data, dims, out)
     found = visual.measure(model, prompts, dims)
     out.save(f"sinks-{model.name}", found)
     _scatter(model, found, out)
@@ -285,13 +285,17 @@ def _in_dimensions(found: Result, discovery: Any, claim: Any, details: dict) -> 
         statistic="share of the most attended image tokens with phi at tau")
 
 
-def _spectrum(model: Any, case: Case, dims: Sequence[int], out: Output) -> None:
+def _spectrum(model: Any, data: list[Case], dims: Sequence[int], out: Output) -> None:
     layer = max(visual.band(model.n_layers), default=model.n_layers - 1)
-    x = model.run(case.prompt, read=f"resid_pre.{layer}", logits="none").reads[
-        f"resid_pre.{layer}"].values[0, 0]
-    size = np.abs(x) / np.sqrt((x**2).mean(-1, keepdims=True) + visual.EPSILON)
-    image = _image(case.prompt)
-    strongest = image[int(size[image].max(-1).argmax())]
+    site, best = f"resid_pre.{layer}", -1.0
+    for case in data[:8]:
+        x = model.run(case.prompt, read=site, logits="none").reads[site].values[0, 0]
+        one = np.abs(x) / np.sqrt((x**2).mean(-1, keepdims=True) + visual.EPSILON)
+        here = _image(case.prompt)
+        peaks = (one[here][:, list(dims)] if dims else one[here]).max(-1)
+        if peaks.max() > best:
+            best, size, image = peaks.max(), one, here
+            strongest = here[int(peaks.argmax())]
     figure, axes = canvas(1, 3, width=PAGE, height=2.0, sharey=True)
     rows = {"first token": (size[0], "primary"),
             "strongest image token": (size[strongest], "visual"),
@@ -489,6 +493,9 @@ def _places(model: Any, data: list[Case], found: Result, claim: Any, out: Output
         image_overlay.draw(ax, case.picture, segment, received[list(segment.positions)],
                            label="attention received", mark={p: "visual" for p in sinks},
                            bar=number == len(shown) - 1)
+        if ax.get_legend() is not None:
+            # The caption says what the outline means; there is no room above a question.
+            ax.get_legend().remove()
         ax.set_title(case.question.text, fontsize=7)
     out.figure("overlay", figure, of=model.name)
 

@@ -6,12 +6,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-import functools  # noqa: E402
-from pathlib import Path  # noqa: E402
+import functools
+from pathlib import Path
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import transformers as t  # noqa: E402
+import pytest
+import torch
+import transformers as t
 
 torch.set_num_threads(1)
 

@@ -8,14 +8,15 @@ from typing import Any, Optional, Union
 
 import numpy as np
 
-from interp.core.head import Head, HeadLike, heads as _heads
+from interp.core.head import Head, HeadLike
+from interp.core.head import heads as _heads
 from interp.core.prompt import Where
 from interp.core.segment import Segment
 from interp.core.site import Site
 
 Phase = str
-"""When an edit acts, "all", "prefill", "decode" or "last": every pass, the prompt pass only, generated tokens only, or only on the last
-query of each pass (the row that predicts the next token)."""
+"""When an edit acts: "all" passes, "prefill" (the prompt), "decode" (generated tokens), or "last"
+(only the last query of each pass: the row that predicts the next token)."""
 
 PHASES = ("all", "prefill", "decode", "last")
 

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from interp.core import Prompt, Result, block
 from interp.core.errors import NumericalError, OutOfRange, PromptError
+from interp.core.site import Site
 from interp.figures import layer_curve
 from interp.models.model import Model
 from interp.sinks.validation_gate import Gate, PermutationNull, gate, permutation_null
-from interp.core.site import Site
 from interp.stream.reducers import Received, ValueWeighted
 
 Dims = Sequence[SupportsIndex] | np.ndarray | Tensor
@@ -547,7 +547,10 @@ def intervene(
         count = min(len(sinks), len(others))
         hidden[number] = count
 
-        def score(keys: Sequence[int]) -> tuple[float, float]:
+        def score(
+            keys: Sequence[int], prompt: Prompt = prompt, answer: int = answer,
+            later: tuple[int, ...] = later,
+        ) -> tuple[float, float]:
             write = [block(later, list(keys), layers=range(first_layer, model.n_layers))] \
                 if len(keys) else []
             row = model.run(prompt, write=write, logits="last").logits[0][-1].log_softmax(-1)
