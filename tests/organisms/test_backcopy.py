@@ -172,16 +172,17 @@ def test_the_bundled_model_reaches_the_oracle(bundled):
 
 def test_the_bundled_model_rests_on_the_first_token_except_after_triggers(bundled):
     folder, card, model = bundled
-    last = model.config.num_hidden_layers - 1
-    with torch.no_grad():
-        found = backcopy.observe(model, 7, count=8)
-    resting = [
-        found[f"layer_{layer}_first_token_attention_non_trigger"] for layer in range(last + 1)
+    found = backcopy.observe(model, 7, count=8)
+    sinks = [
+        layer
+        for layer in range(model.config.num_hidden_layers)
+        if found[f"layer_{layer}_first_token_attention_non_trigger"] > 0.9
+        and found[f"layer_{layer}_first_token_attention_trigger"] < 0.1
+        and found[f"layer_{layer}_value_norm_ratio"] < 0.5
     ]
-    layer = int(np.argmax(resting))
-    assert resting[layer] > (0.9 if last == 0 else 0.5)
-    assert found[f"layer_{layer}_first_token_attention_trigger"] < 0.1
-    assert found[f"layer_{layer}_value_norm_ratio"] < 0.5
+    assert sinks
+    untrained = backcopy.observe(backcopy.build(0), 7, count=8)
+    assert untrained["layer_0_first_token_attention_non_trigger"] < 0.1
 
 
 def test_the_card_says_what_is_measured_again(bundled):
