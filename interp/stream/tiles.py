@@ -9,7 +9,7 @@ Method    a first sweep over the keys finds each row's log-sum-exp, a second one
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,9 +25,6 @@ from interp.stream.masks import (
     sliding_window,
 )
 from interp.stream.plan import KEEP_BYTES, Plan, indices
-
-if TYPE_CHECKING:
-    from interp.stream.reducers import Reducer
 
 __all__ = [
     "Mask", "Streamed", "Tile", "bidirectional", "causal", "from_tensor", "padding",
@@ -126,7 +123,7 @@ def stream(
     key: Float[Tensor, "batch kv_head key d_head"],
     value: Optional[Float[Tensor, "batch kv_head key d_value"]] = None,
     *,
-    reducers: "Sequence[Reducer]" = (),
+    reducers: Sequence[Any] = (),
     mask: Any = None,
     scaling: Optional[float] = None,
     softcap: Optional[float] = None,
@@ -155,7 +152,8 @@ def stream(
     Args:
         query, key, value: after RoPE and QK-norm, as the softmax gets them, in any float type;
             query head h reads key-value head h * kv_head // head.
-        reducers: accumulate in place, also over several calls (prefill, then decoding).
+        reducers: of `interp.stream.reducers`; accumulate in place, also over several calls
+            (prefill, then decoding).
         mask: `causal()` if None; see `interp.stream.masks`.
         scaling: 1 / sqrt(d_head) if None.
         softcap: logits become softcap * tanh(logits / softcap).
