@@ -128,9 +128,7 @@ def prose(rng: np.random.Generator, batch: int, length: int) -> np.ndarray:
         chosen = (_CUMULATIVE[before] <= draws[:, step, None] * _CUMULATIVE[before, -1:]).sum(1)
         copied = out[:, max(0, step - 2)]
         out[:, step] = np.where(before < len(TRIGGERS), copied, chosen)
-    return (
-        out + _trigger[0]
-    )  # trigger and prose words are neighbours in the vocabulary, in this order
+    return out + _trigger[0]  # trigger and prose words are neighbours in the vocabulary, in this order
 
 
 def _value(rng: np.random.Generator) -> list[int]:
@@ -231,9 +229,7 @@ def sample(
     return tokens, weights
 
 
-def needle(
-    length: int, depth: float, rng: np.random.Generator, *, distractors: int = 2
-) -> ReaderPrompt:
+def needle(length: int, depth: float, rng: np.random.Generator, *, distractors: int = 2) -> ReaderPrompt:
     """A fact at a relative depth in prose, with other facts around it, and the question at the end.
 
     Example:
@@ -409,9 +405,7 @@ def _loss(model: torch.nn.Module, tokens: np.ndarray, weights: np.ndarray) -> Te
     weight = torch.as_tensor(weights).to(model.device)[:, 1:].reshape(-1)
     with torch.autocast(model.device.type, torch.bfloat16):  # a third faster, on one core too
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-    each = torch.nn.functional.cross_entropy(
-        logits.float(), ids[:, 1:].reshape(-1), reduction="none"
-    )
+    each = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:].reshape(-1), reduction="none")
     return (each * weight).sum() / weight.sum()
 
 
@@ -461,37 +455,43 @@ def evaluate(model: torch.nn.Module, seed: int, *, count: int = 128) -> dict[str
 
 @torch.no_grad()
 def observe(model: torch.nn.Module, seed: int, *, count: int = 100) -> dict[str, float]:
-    """The first-token sink on held-out documents of 64 tokens.
+    """The first-token sink on held-out sequences of 64 tokens: documents, prose, random words.
 
     Example:
         >>> from interp.organisms import reader
-        >>> reader.observe(reader.build(0, layers=2), 0, count=2)["sink_1_at_0.3_percent"]
+        >>> reader.observe(reader.build(0, layers=2), 0, count=2)["sink_1_percent_documents"]
         0.0
 
     Sink_1 at 0.3: percent of (sample, layer, head) whose mean attention to BOS is above 0.3
-    (arXiv 2410.10781). Also the strongest head's mean, and the largest ratio of residual norms.
+    (arXiv 2410.10781). Also the mean of the strongest head, and on documents the largest ratio of
+    residual norms after a block, BOS to others.
     """
-    tokens, _ = sample(np.random.default_rng([seed, 2]), count, 64, repeated=0.0)
-    before = model.config._attn_implementation
+    rng = np.random.default_rng([seed, 2])
+    bos = np.full((count, 1), BOS)
+    texts = {
+        "documents": sample(rng, count, 64, repeated=0.0)[0],
+        "prose": np.concatenate([bos, prose(rng, count, 63)], 1),
+        "random": np.concatenate([bos, rng.choice(_any, (count, 63))], 1),
+    }
+    found, before = {}, model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        result = model(
-            input_ids=torch.as_tensor(tokens).to(model.device),
-            use_cache=False,
-            output_attentions=True,
-            output_hidden_states=True,
-        )
+        for name, tokens in texts.items():
+            ids = torch.as_tensor(tokens).to(model.device)
+            result = model(
+                input_ids=ids, use_cache=False, output_attentions=True, output_hidden_states=True
+            )
+            received = torch.stack([a[..., 0].mean(-1) for a in result.attentions])
+            found[f"sink_1_percent_{name}"] = float((received > 0.3).float().mean()) * 100
+            found[f"strongest_head_mass_{name}"] = float(received.mean(1).max())
+            if name == "documents":
+                norms = [hidden.norm(dim=-1) for hidden in result.hidden_states[1:-1]]
+                found["residual_norm_ratio"] = float(
+                    max(norm[:, 0].mean() / norm[:, 1:].mean() for norm in norms)
+                )
     finally:
         model.set_attn_implementation(before)
-    received = torch.stack([a[..., 0].mean(-1) for a in result.attentions])  # layer batch head
-    norms = [h.norm(dim=-1) for h in result.hidden_states[1:-1]]
-    return {
-        "sink_1_at_0.3_percent": float((received > 0.3).float().mean()) * 100,
-        "strongest_head_first_token_mass": float(received.mean(1).max()),
-        "first_token_residual_norm_ratio": float(
-            max(n[:, 0].mean() / n[:, 1:].mean() for n in norms)
-        ),
-    }
+    return found
 
 
 def _measure(model: torch.nn.Module, seed: int) -> dict[str, float]:
@@ -532,8 +532,9 @@ def recipe(
         decay="all",
         evaluate_every=1000,
         checkpoint_every=250,
-        notes=__doc__.split("\n\n")[0].replace("\n", " ")
-        + " The bundled weights: the first 2,000 steps followed the schedule of a run of 6,500"
-        " steps, which was then shortened to what is stated below.",
-        data=__doc__.split("\n\n")[1].replace("\n", " "),
+        notes=__doc__.split("\n\n")[0].replace("\n", " "),
+        data=__doc__.split("\n\n")[1].strip().replace("\n", " ")
+        + f" Every step draws fresh sequences of one length, {tokens} tokens in all: 48 in the first"
+        " fifth of the steps, then up to 128, from one half on up to 256, from three quarters on up to"
+        " 512; BOS always comes first. Matrix products run in bfloat16.",
     )

@@ -75,16 +75,12 @@ class Recipe:
         if self.schedule == "constant":
             return self.lr
         done = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
-        return self.lr * (
-            self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
-        )
+        return self.lr * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
     def settings(self) -> dict[str, object]:
         """The recipe's numbers and words, without its functions."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {
-            k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if not callable(v)
-        }
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if not callable(v)}
 
 
 def _optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -163,9 +159,7 @@ def _latest(folder: Path) -> Path | None:
     return max(found, key=lambda p: p.name, default=None)
 
 
-def _load(
-    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, object]:
+def _load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         model.load_state_dict(load_file(folder / "model.safetensors"))
@@ -194,9 +188,7 @@ def _check(recipe: Recipe, seed: int, state: dict[str, object], folder: Path) ->
     stored["seed"], wanted["seed"] = state["seed"], seed
     different = sorted(k for k in stored.keys() | wanted.keys() if stored.get(k) != wanted.get(k))
     if different:
-        said = ", ".join(
-            f"{k}: {stored.get(k)!r} there, {wanted.get(k)!r} asked for" for k in different
-        )
+        said = ", ".join(f"{k}: {stored.get(k)!r} there, {wanted.get(k)!r} asked for" for k in different)
         raise ValueError(
             f"cannot resume {recipe.name!r} from {folder}: it was started with other settings "
             f"({said}). "
@@ -257,9 +249,7 @@ def train(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     where = (
-        torch.device(device)
-        if device
-        else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
     stop = recipe.steps if steps is None else min(steps, recipe.steps)
     with torch.random.fork_rng():
@@ -325,11 +315,7 @@ def train(
                     bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
                 if on_step is not None:
                     on_step(step, model, value)
-                if (
-                    recipe.evaluate_every
-                    and step % recipe.evaluate_every == 0
-                    and step < recipe.steps
-                ):
+                if recipe.evaluate_every and step % recipe.evaluate_every == 0 and step < recipe.steps:
                     measured = evaluate(recipe, model, seed + 1)
                     state["evaluations"].append({"step": step, **measured})
                     if progress:
@@ -344,9 +330,7 @@ def train(
         finally:
             bar.close()
         checkpoint()
-        result = {
-            key: state[key] for key in ("step", "seconds", "log", "evaluations", "seed", "device")
-        }
+        result = {key: state[key] for key in ("step", "seconds", "log", "evaluations", "seed", "device")}
         result["finished"] = state["step"] >= recipe.steps
         if result["finished"]:
             result["model"] = export(recipe, model, folder / "model", result)
@@ -446,6 +430,8 @@ def card_text(card: dict[str, object]) -> str:
         table,
         "",
     ]
+    if card.get("history"):
+        lines += ["## History", "", str(card["history"]), ""]
     if card["observed"]:
         lines += [
             "## Observed",
