@@ -39,8 +39,9 @@ def logit_gap(
         >>> logit_gap(scores)
         tensor([[nan, nan, 5.]])
 
-    `scores` are the logits before the softmax, masked or not. NaN for the queries 0 and 1, which
-    have no other earlier key.
+    `scores` are the logits before the softmax, masked (minus infinity) or not. Keys that a query
+    cannot see (sliding windows) do not count; NaN for queries that do not see the first key, and
+    for 0 and 1, which have no other earlier key.
 
     Source: arXiv:2410.13835, sink logit gap: score(q, 0) - mean over 1 <= j < q of score(q, j).
     """
@@ -49,9 +50,10 @@ def logit_gap(
     if scores.shape[-2] != n:
         raise ValueError(f"scores must be [.., query, key] of one prompt, not {scores.shape[-2:]}.")
     query, key = torch.arange(n)[:, None], torch.arange(n)[None]
-    between = (key >= 1) & (key < query)
-    total = torch.where(between, scores, torch.zeros(())).sum(-1)
-    return scores[..., 0] - total / between.sum(-1).where(between.any(-1), torch.tensor(torch.nan))
+    between = (key >= 1) & (key < query) & ~scores.isneginf()
+    others = torch.where(between, scores, torch.nan).nanmean(-1)
+    first = scores[..., 0]
+    return torch.where(first.isneginf(), torch.nan, first) - others
 
 
 def dormancy(
@@ -118,8 +120,7 @@ def measure(
     gaps = np.full(arrays["first"].shape, np.nan, dtype=np.float32)
     for number, prompt in enumerate(prompts):
         n = len(prompt)
-        scores = run.reads["scores"].values[number, :, :, :n, :n]
-        gaps[number, :, :, :n] = logit_gap(np.where(np.isneginf(scores), 0.0, scores)).numpy()
+        gaps[number, :, :, :n] = logit_gap(run.reads["scores"].values[number, :, :, :n, :n]).numpy()
     arrays["gap"] = arrays["first"].copy(data=gaps)
     data = xr.Dataset(arrays)
     if active is not None:
@@ -142,10 +143,7 @@ def first_over_others(norms: xr.DataArray) -> xr.DataArray:
         >>> first_over_others(xr.DataArray([6.0, 2.0, 4.0], dims="position")).item()
         2.0
     """
-    if norms.sizes["position"] < 2:
-        raise OutOfRange("there is no later position to compare with position 0.")
-    later = norms.isel(position=slice(1, None)).mean("position")
-    return norms.isel(position=0) / later
+    return norms.isel(position=0) / _later(norms)
 
 
 def peak_gap(norms: xr.DataArray) -> xr.DataArray:
@@ -155,8 +153,13 @@ def peak_gap(norms: xr.DataArray) -> xr.DataArray:
         >>> peak_gap(xr.DataArray([6.0, 2.0, 4.0], dims="position")).item()
         3.0
     """
-    later = norms.isel(position=slice(1, None)).mean("position")
-    return norms.isel(position=0) - later
+    return norms.isel(position=0) - _later(norms)
+
+
+def _later(norms: xr.DataArray) -> xr.DataArray:
+    if norms.sizes["position"] < 2:
+        raise OutOfRange("there is no later position to compare with position 0.")
+    return norms.isel(position=slice(1, None)).mean("position")
 
 
 def domain_heads(
@@ -220,10 +223,11 @@ def intervene(model: Model, prompts: Sequence[Prompt], layer: Optional[int] = No
         ('component', 'layer', 'prompt')
 
     Args:
-        layer: the block whose input holds the peak; None takes the one where it is highest.
+        layer: the block whose output holds the peak; None takes the one where it is highest, the
+            last (which removes it) aside.
 
     Returns:
-        `peak` [component, layer, prompt]: peak gap entering block `read_layer` with this component
+        `peak` [component, layer, prompt]: peak gap leaving block `read_layer` with this component
         zeroed (at every position); `baseline` [prompt]; `needed` [component, layer]: whether the
         mean peak falls below `NEEDED_BELOW` of the baseline. Components of later blocks are their
         own control: they cannot reach the place where the peak is read.
