@@ -200,7 +200,6 @@ def norm_ratio(
     return norm[..., position] / norm[..., position + 1 :].mean(-1)
 
 
-
 def measure(model: Model, prompts: Sequence[Prompt], *, queries: Queries = "self") -> Result:
     """Attention received by every key, and norms of residual, keys and values, in every layer.
 
@@ -310,7 +309,9 @@ def intervene(
     loss = np.stack([late_loss([range(n)] * len(prompts)) for n in sizes], -1)
     control = np.stack([
         np.stack([
-            late_loss([rng.choice(np.arange(n, len(p) // 2), n, replace=False) for p in prompts])
+            late_loss([
+                rng.choice(np.arange(n, len(p) // 2), n, replace=False).tolist() for p in prompts
+            ])
             for n in sizes
         ], -1)
         for _ in range(control_seeds)
