@@ -124,8 +124,10 @@ def _draw(table: pd.DataFrame, pairs: pd.DataFrame, out: Output) -> None:
                  markersize=4)
     axes[2].plot(table["strength"], precision, "x", color=color("primary"), label="precision",
                  markersize=4)
-    axes[2].set(xscale="log", xlabel="norm of the sink over ordinary tokens'", ylim=(-0.05, 1.08),
+    axes[2].set(xscale="log", xlabel="norm over ordinary tokens'", ylim=(-0.05, 1.08),
                 ylabel="share, per model")
+    axes[2].set_xticks([3, 10, 30, 60], ["3", "10", "30", "60"])
+    axes[2].minorticks_off()
     axes[2].legend(loc="lower right")
     note(axes[2], f"n = {len(table)} models")
     out.figure("benchmark", figure)

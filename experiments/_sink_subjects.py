@@ -1,4 +1,4 @@
-"""What the sink experiments run on: models with planted secondary sinks, and texts for any model."""
+"""What the sink experiment runs on: models with planted secondary sinks, texts for any model."""
 
 import copy
 from collections.abc import Sequence
@@ -14,13 +14,8 @@ from interp.core import Prompt
 from interp.core.errors import ModelRefused
 from interp.models.model import Model
 from interp.organisms import reader
-from interp.organisms.plant import (
-    Planted,
-    make_room,
-    massive_coordinate,
-    primary_sink,
-    residuals,
-)
+from interp.organisms.attraction import attract_to
+from interp.organisms.plant import Planted, make_room, massive_coordinate, residuals
 from interp.organisms.plant import secondary_sink as plant_secondary
 from interp.organisms.surgery import free_axes
 
@@ -29,6 +24,12 @@ LONGEST = 4096
 
 WORDS = ("of", "by", "at")
 """The reader's words that become secondary sinks in the planted models."""
+
+ATTRACT = 3.0
+"""Logits that a key along the planted direction gains."""
+
+QUIET = 1e-3
+"""What the blocks put between the reader's own write, relative to a copy of its block."""
 
 PLANTED = "planted"
 PLANTED_READER = "planted-reader"
@@ -106,7 +107,8 @@ def arithmetic(rng: np.random.Generator, characters: int) -> str:
         if kind == 0:
             new = total + change * times
             line = (f"Step {step}: {times} deliveries of {change} {thing} arrive. "
-                    f"{times} * {change} = {times * change}, and {total} + {times * change} = {new}.")
+                    f"{times} * {change} = {times * change}, and "
+                    f"{total} + {times * change} = {new}.")
         elif kind == 1 and total > change:
             new = total - change
             line = f"Step {step}: {change} {thing} are sold. {total} - {change} = {new}."
@@ -143,41 +145,41 @@ def _planted(settings: Settings) -> Subject:
     onset = round(0.47 * depth)
     # Beyond this many layers the paper's rule would call it a primary sink.
     until = min(depth - 1, onset + depth - 16)
-    made = plant(hf, 3, onset, until, settings)
+    made = plant(hf, 3, onset, until, depth - 1, settings)
     model = Model(made.model, PLANTED, tokenizer=reader.tokenizer(),
                   source={"planted": _summary(made)})
-    return Subject(model, documents(settings, *settings.pick((20, 96), tiny=(8, 48))),
+    return Subject(model, documents(settings, *settings.pick((20, 96), tiny=(12, 64))),
                    f"what was planted in {PLANTED} decides this, not what a model learned")
 
 
 def _planted_reader(settings: Settings) -> Subject:
-    """The trained reader with blocks that write nothing put between its own, and planted sinks."""
+    """The trained reader, deepened by blocks that write next to nothing, with planted sinks."""
     trained = interp.open_model("reader", **settings.opening())
     hf = deepened(trained.hf, 3 if settings.tiny else 4)
     depth = len(hf.model.layers)
     onset = round(0.47 * depth)
-    made = plant(hf.cpu(), 1, onset, depth - 1, settings, own=True)
+    made = plant(hf.cpu(), 1, onset, depth - 1, depth - 1, settings)
     model = Model(made.model.to(trained.device), PLANTED_READER, tokenizer=trained.tokenizer,
-                  source={"planted": _summary(made), "silent blocks": depth - trained.n_layers})
-    return Subject(model, documents(settings, *settings.pick((20, 96), tiny=(8, 48))),
+                  source={"planted": _summary(made), "quiet blocks": depth - trained.n_layers})
+    return Subject(model, documents(settings, *settings.pick((20, 96), tiny=(12, 64))),
                    f"what was planted in {PLANTED_READER} decides this, not what a model learned")
 
 
 def deepened(hf: Any, factor: int) -> Any:
-    """A copy of a Llama with `factor - 1` blocks that write nothing after each of its own.
+    """A copy of a Llama with `factor - 1` blocks that write next to nothing after each of its own.
 
-    Its function is the same; it has the depth that secondary sinks need.
+    It does the same and has the depth that secondary sinks need.
     """
     made = copy.deepcopy(hf)
     blocks = []
     for block in made.model.layers:
         blocks.append(block)
         for _ in range(factor - 1):
-            silent = copy.deepcopy(block)
+            quiet = copy.deepcopy(block)
             with torch.no_grad():
-                silent.self_attn.o_proj.weight.zero_()
-                silent.mlp.down_proj.weight.zero_()
-            blocks.append(silent)
+                quiet.self_attn.o_proj.weight.mul_(QUIET)
+                quiet.mlp.down_proj.weight.mul_(QUIET)
+            blocks.append(quiet)
     for number, block in enumerate(blocks):
         block.self_attn.layer_idx = number
     made.model.layers = torch.nn.ModuleList(blocks)
@@ -188,9 +190,10 @@ def deepened(hf: Any, factor: int) -> Any:
 
 
 def plant(
-    hf: Any, start: int, onset: int, until: int, settings: Settings, own: bool = False
+    hf: Any, start: int, onset: int, until: int, end: int, settings: Settings
 ) -> Planted:
-    """A primary sink from `start`, written again at `onset`, and secondary sinks from there on."""
+    """A primary sink in blocks `start` to `end`, written again at `onset`, and secondary sinks from
+    there on, taken back at `until` where they last so long; all heads look for their direction."""
     tokens, _ = reader.sample(settings.rng(10), 8, 48, repeated=0.0)
     ids = torch.tensor(tokens)
 
@@ -198,26 +201,21 @@ def plant(
         norms = residuals(model, {"input_ids": ids})[:, :, 2:].norm(dim=-1)
         return norms.median(-1).values.mean(0).tolist()
 
+    # Not `primary_sink`: the reader has a small sink of its own beside which this one is written.
     size = 40 * ordinary(hf)[until - 1]
-    if own:
-        # The model has a small sink of its own: a larger one is written beside it, and attention is
-        # drawn to its direction only where the secondary sinks are.
-        hf = make_room(hf, 4, 32)
-        axis, attract = free_axes(hf)[-1], 6.0
-        made = massive_coordinate(hf, {axis: size}, start, until)
-    else:
-        made, attract = primary_sink(hf, start, size, until, attract=4.0), 0.0
-        axis = made.dims[0]
-    again = 1.25 * size * float(made.direction[axis].sign())
-    made = massive_coordinate(made, {axis: again}, onset, until)
+    hf = make_room(hf, 6, 64)
+    axis = free_axes(hf)[-1]
+    made = massive_coordinate(hf, {axis: size}, start, end)
+    attract_to(made.model, {"input_ids": ids}, made.direction, range(start + 1, end), ATTRACT,
+               ids != reader.BOS)
+    made = massive_coordinate(made, {axis: 1.25 * size}, onset, end)
     norms = ordinary(made.model)
-    for word, share in zip(WORDS, (0.4, 0.75, None)):
+    for word, share in zip(WORDS, (0.2, 0.5, None)):
         # A sink ends where the rest of the stream has grown to 0.484 of the write (cosine 0.9).
         end = onset + round((share or 1.0) * (until - 1 - onset))
         write = norms[end] / 0.484 * (1.0 if share else 2.0)
         total = (write**2 + norms[onset] ** 2) ** 0.5
-        made = plant_secondary(made, reader.TOKEN[word], onset, total, until, attract=attract)
-        attract = 0.0
+        made = plant_secondary(made, reader.TOKEN[word], onset, total, until, min_cosine=0.0)
     return made
 
 

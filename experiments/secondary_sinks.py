@@ -6,7 +6,7 @@ planted models: that table is the toolkit's own, not a paper's.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -44,8 +44,8 @@ PAPER = Paper(
         "removal": "The MLP write at the sinks removed in one layer at a time; in gray the same at "
         "other positions and in other layers.",
         "massive": "The three largest magnitudes of the residual stream and the median, per layer.",
-        "massive_edits": "Massive activations of one layer set to zero or to their mean; in gray as "
-        "many coordinates of median size set to zero.",
+        "massive_edits": "Massive activations of one layer set to zero or to their mean; in gray "
+        "as many coordinates of median size set to zero.",
         "benchmark": "The detector on planted models (this toolkit's own test): found against "
         "planted onset and lifetime, and recall against the strength of the sink.",
     },
@@ -132,12 +132,25 @@ CLAIMS: dict[str, tuple[str, str, str, str]] = {
 }
 
 
+NOT_HERE = {
+    "scale": "it compares trained models of several sizes of one family; every model is looked at "
+    "by itself here",
+    "response": "the prompts are one text each, not a question and an answer that the model wrote",
+    "decorrelation": "it needs fine-tuning on audio-visual speech, and that data",
+    "bias": "it needs training a model with and without such biases",
+}
+"""Claims that no model of this run can test."""
+
+MANY = 4
+"""Beside other models, more claims than this that fail for one reason share a row."""
+
+
 class Ledger:
     """Sees to it that every claim of the cards gets exactly one verdict for every model."""
 
-    def __init__(self, out: Output, model: str) -> None:
-        self.out, self.model = out, model
-        self.open = dict.fromkeys(CLAIMS)
+    def __init__(self, out: Output, model: str, alone: bool) -> None:
+        self.out, self.model, self.alone = out, model, alone
+        self.open = dict.fromkeys(key for key in CLAIMS if key not in NOT_HERE)
 
     def decide(self, key: str, estimate: statistics.Estimate, **more: Any) -> None:
         sentence, source, number, tag = self._take(key)
@@ -145,7 +158,16 @@ class Ledger:
                              paper_number=number, paper_tag=tag), self.model)
 
     def skip(self, keys: Iterable[str], reason: str) -> None:
-        for key in keys:
+        left = [key for key in keys if key in self.open]
+        if not self.alone and len(left) > MANY:
+            sentences = [self._take(key)[0] for key in left]
+            about = " and ".join(word for word, source in (
+                ("secondary sinks", SINKS), ("massive activations", MASSIVE))
+                if any(CLAIMS[key][1] == source for key in left))
+            self.out.claim(Claim.untestable(f"{len(left)} claims about {about}.", SINKS, reason,
+                                            details={"claims": sentences}), self.model)
+            left = []
+        for key in left:
             if key in self.open:
                 sentence, source, number, tag = self._take(key)
                 self.out.claim(Claim.untestable(sentence, source, reason, paper_number=number,
@@ -161,30 +183,27 @@ class Ledger:
 
 
 def run(settings: Settings, out: Output) -> None:
+    alone = len(settings.models(PAPER)) == 1
     for name in settings.models(PAPER):
         try:
             one = subjects.subject(name, settings)
         except ModelRefused as error:
             if name not in (subjects.PLANTED, subjects.PLANTED_READER):
                 raise
-            ledger = Ledger(out, name)
+            ledger = Ledger(out, name, alone)
             ledger.skip(CLAIMS, f"nothing could be planted in {name}: {error}")
             continue
-        _model(one, settings, out)
+        _model(one, Ledger(out, one.name, alone), settings, out)
+    for key, reason in NOT_HERE.items():
+        sentence, source, number, tag = CLAIMS[key]
+        out.claim(Claim.untestable(sentence, source, reason, paper_number=number, paper_tag=tag))
     if settings.model is None:
         benchmark(settings, out, PAPER)
     else:
         out.no_figure("benchmark", "it is drawn by the run without --model")
 
 
-def _model(one: Subject, settings: Settings, out: Output) -> None:
-    ledger = Ledger(out, one.name)
-    ledger.skip(["scale"], "it compares trained models of several sizes of one family; this run "
-                "looks at each model by itself")
-    ledger.skip(["response"], "the prompts are one text each, not a question and an answer that "
-                "the model wrote to it")
-    ledger.skip(["decorrelation"], "it needs fine-tuning on audio-visual speech, and that data")
-    ledger.skip(["bias"], "it needs training a model with and without such biases")
+def _model(one: Subject, ledger: Ledger, settings: Settings, out: Output) -> None:
     if one.model.kind != "decoder":
         reason = f"{one.name} is an encoder: all queries see all keys, so no key is first"
         ledger.skip(CLAIMS, reason)
@@ -235,15 +254,21 @@ def _secondary(
                       "norm over the others'": ratio})
     per_thousand = 1000 / found["length"].values
     counted = _per_prompt(table[table["label"] == "secondary"], len(good))
-    ledger.decide("frequency", statistics.difference(
-        counted * per_thousand, found["chance"].values * per_thousand), null=0.0,
-        unit="per 1,000 tokens", figure="levels", control="the same rule with a random ordinary "
-        "position in the primary's place", details={
-            "rule": found.manifest["rule"], "per 1,000 tokens": float((counted * per_thousand).mean()),
+    _levels(one, found, out)
+    impossible = _impossible(one, found)
+    if impossible and not counted.any():
+        ledger.skip(("frequency", *AFTER_DETECTION), impossible)
+        for name in figures[1:]:
+            out.no_figure(name, impossible, of=one.name)
+        return
+    ledger.decide("frequency", _over_chance(counted, found), null=0.0, unit="per 1,000 tokens",
+                  figure="levels", control="the same rule with a random ordinary position in the "
+                  "primary's place", details={
+            "rule": found.manifest["rule"],
+            "per 1,000 tokens": float((counted * per_thousand).mean()),
             "prompts with one": f"{int((counted > 0).sum())} of {len(counted)}",
             "most in one prompt": int(counted.max()),
             "anti-aligned": int((table["cosine"] < 0).sum())})
-    _levels(one, found, out)
     if not counted.any():
         reason = (f"no secondary sink was found in {len(one.prompts)} prompts of up to "
                   f"{max(map(len, one.prompts)):,} tokens")
@@ -257,22 +282,49 @@ def _secondary(
     _formation(one, found, ledger, settings, out)
 
 
+def _impossible(one: Subject, found: Result) -> str:
+    """Why no sink can be secondary under the rule in force, whatever the prompts; "" if one can."""
+    n_layers = one.model.n_layers
+    if found.manifest["rule"] == "official":
+        return _no_official(one)
+    gap = max(2, int(np.ceil(0.1 * n_layers)))
+    start, stop = int(found["window_start"].min()), int(found["window_stop"].max())
+    if start + 2 * gap <= stop:
+        return ""
+    return (f"{one.name} has {n_layers} blocks: a sink that starts {gap} after the primary (block "
+            f"{start} at the earliest) and lasts {gap} does not fit in before block {stop}")
+
+
+def _no_official(one: Subject) -> str:
+    """Why no lifetime can be secondary in absolute layers; "" if one can."""
+    n_layers = one.model.n_layers
+    if n_layers > 20:
+        return ""
+    return (f"{one.name} has {n_layers} blocks; a lifetime above 4 and below blocks - 15 = "
+            f"{n_layers - 15} does not exist (it takes more than 20 blocks)")
+
+
 def _per_prompt(table: pd.DataFrame, n_prompts: int) -> np.ndarray:
     return np.bincount(table["prompt"], minlength=n_prompts).astype(float)
 
 
+def _over_chance(counted: np.ndarray, found: Result) -> statistics.Estimate:
+    """Sinks per 1,000 tokens, minus those that a random position in the primary's place has."""
+    chance, rate = found["chance"].values, 1000 / found["length"].values
+    known = np.isfinite(chance)
+    if not known.any():
+        return statistics.mean(counted * rate)
+    return statistics.difference((counted * rate)[known], (chance * rate)[known])
+
+
 def _official(one: Subject, found: Result, table: pd.DataFrame, ledger: Ledger) -> None:
-    n_layers = one.model.n_layers
-    if n_layers <= 20:
-        ledger.skip(["official"], f"{one.name} has {n_layers} blocks; a lifetime above 4 and below "
-                    f"blocks - 15 = {n_layers - 15} does not exist (it takes more than 20 blocks)")
+    if _no_official(one):
+        ledger.skip(["official"], _no_official(one))
         return
     column = "label" if found.manifest["rule"] == "official" else "other_label"
     chosen = table[(table[column] == "secondary") & (table["position"] > 0)]
-    per_thousand = 1000 / found["length"].values
-    counted = _per_prompt(chosen, len(per_thousand))
-    ledger.decide("official", statistics.difference(
-        counted * per_thousand, found["chance"].values * per_thousand), null=0.0,
+    counted = _per_prompt(chosen, found.data.sizes["prompt"])
+    ledger.decide("official", _over_chance(counted, found), null=0.0,
         unit="per 1,000 tokens", figure="levels", details={
             "sinks": len(chosen), "also under the relative rule": int(
                 (chosen[["label", "other_label"]] == "secondary").all(1).sum())})
@@ -392,7 +444,9 @@ def _strength(
                      "after": float(np.nanmean(after))})
     else:
         ledger.skip(["weakens"], "the secondary sinks start as early as the primary does")
-    if min(jumps) < 0:
+    if one.planted:
+        ledger.skip(["key_jump"], f"the keys of {one.name} were planted with the sinks")
+    elif min(jumps) < 0:
         ledger.skip(["key_jump"], f"the keys of {one.name} cannot be read")
     else:
         near = [abs(jump - mode) <= 2 for jump in jumps]
@@ -405,6 +459,7 @@ def _strength(
     for ax, quantity in zip(axes, ("received", "cosine")):
         secondary.draw(found, ax, quantity)
         ax.axvline(mode, color=color("control"), linewidth=0.8, linestyle=":")
+    axes[0].get_legend().remove()
     axes[0].set_title(f"{one.name}: creation layer {mode} dotted")
     out.figure("strength", figure, of=one.name)
 
@@ -537,7 +592,7 @@ def _relation(
     where = list(zip(formed["prompt"].values[rows], formed["position"].values[rows]))
     norm = formed["write_norm"].values[rows]
     pairs = {"norm_lifetime": ("lifetime", "lifetime (layers)"),
-             "norm_score": ("score", "attention received from later queries")}
+             "norm_score": ("score", "attention from later queries")}
     figure, axes = canvas(1, 2, width=PAGE)
     for ax, (key, (column, label)) in zip(axes, pairs.items()):
         outcome = table.loc[where, column].to_numpy(float)
@@ -550,7 +605,7 @@ def _relation(
             ledger.skip([key], relation.reason)
             continue
         prompts = np.array([where[i][0] for i in np.flatnonzero(known)])
-        estimate = statistics.correlation(x, y, groups=prompts)
+        estimate = statistics.correlation(x, y, groups=prompts, resamples=2000)
         ledger.decide(key, estimate, null=0.0, figure="relation",
                       details={"sinks": relation.n, "p": relation.p})
         note(ax, f"Spearman {relation.rho:.2f}, n = {relation.n}")
@@ -564,7 +619,7 @@ def _removal(
     keys = ("deletes", "leaves", "returns")
     try:
         edited = mlp_removal.intervene(one.model, one.prompts, found, seed=settings.seed,
-                                       most=settings.pick(12, tiny=6))
+                                       most=settings.pick(8, tiny=6))
     except (SiteRefused, ValueError) as error:
         ledger.skip(keys, str(error).rstrip("."))
         out.no_figure("removal", str(error), of=one.name)
@@ -628,16 +683,16 @@ def _massive(one: Subject, ledger: Ledger, settings: Settings, out: Output) -> N
         out.no_figure("massive_edits", reason, of=one.name)
         return
     n_prompts = len(prompts)
-    rule = {"threshold": f"|h| > {found.manifest['min_value']:g} and {found.manifest['min_ratio']:g}"
-            " times the median"}
+    rule = {"threshold": f"|h| > {found.manifest['min_value']:g} and "
+            f"{found.manifest['min_ratio']:g} times the median"}
     most = table.groupby(["prompt", "layer"]).size().groupby("prompt").max()
     ledger.decide("few_massive", statistics.mean(
         most.reindex(range(n_prompts), fill_value=0).to_numpy(float)), null=4.5, direction="below",
         unit="in the layer with most", figure="massive", details=rule)
-    dims = [set(table["dim"][table["prompt"] == i]) for i in range(n_prompts)]
-    usual = max(map(frozenset, dims), key=[frozenset(d) for d in dims].count)
-    same = [d == usual for d in dims]
-    ledger.decide("same_dims", statistics.rate(sum(same), n_prompts), null=0.8, unit="of prompts",
+    dims = [frozenset(table["dim"][table["prompt"] == i]) for i in table["prompt"].unique()]
+    usual = max(dims, key=dims.count)
+    ledger.decide("same_dims", statistics.rate(dims.count(usual), len(dims)), null=0.8,
+                  unit="of prompts that have any",
                   details={"dimensions": sorted(map(int, usual)), **rule})
     at_start = np.array([_is_start(one, prompts[p], int(x))
                          for p, x in zip(table["prompt"], table["position"])])
@@ -715,18 +770,24 @@ def _massive_edits(
     base = float(loss.sel(edit="none").mean())
     if base > CHANCE_LOSS * np.log(one.model.d_vocab):
         ledger.skip(("mean_loss", "zero_loss"), f"{one.name} predicts these prompts no better than "
-                    f"chance: loss {base:.2f} nats, ln(vocabulary) is {np.log(one.model.d_vocab):.2f}")
+                    f"chance: loss {base:.2f} nats, the logarithm of its vocabulary is "
+                    f"{np.log(one.model.d_vocab):.2f}")
     else:
+        if one.planted:
+            ledger.skip(["zero_loss"], f"the massive activations of {one.name} were planted; "
+                        "training has built nothing on them")
+
         def gap(name: str) -> np.ndarray:
             return (loss.sel(edit=name) - loss.sel(edit="none")).values
 
         ledger.decide("mean_loss", statistics.mean(gap("mean")), null=0.0, direction="equal",
                       tolerance=0.02, unit="nats", causal=True, control=control,
                       figure="massive_edits", details=details)
-        usual = np.mean([gap(name) for name in medians], axis=0)
-        ledger.decide("zero_loss", statistics.difference(gap("zero"), usual), null=0.02,
-                      unit="nats above the control", causal=True, control=control,
-                      figure="massive_edits", details=details)
+        if not one.planted:
+            usual = np.mean([gap(name) for name in medians], axis=0)
+            ledger.decide("zero_loss", statistics.difference(gap("zero"), usual), null=0.02,
+                          unit="nats above the control", causal=True, control=control,
+                          figure="massive_edits", details=details)
     usual = kl.sel(edit=medians).mean("edit").values
     ledger.decide("zero_changes", statistics.difference(kl.sel(edit="zero").values, usual),
                   null=0.0, unit="nats of KL above the control", causal=True, control=control,
@@ -806,7 +867,8 @@ def _draw_directions(
         axes[1, 1].hist(projection[:, 0].numpy(), bins=bins, alpha=0.7, color=color(role),
                         label=name)
     axes[1, 1].set(xlabel="projection on component 1", ylabel="positions")
-    axes[1, 1].legend()
+    axes[1, 1].set_ylim(top=1.4 * axes[1, 1].get_ylim()[1])
+    axes[1, 1].legend(ncols=2, loc="upper center")
     axes[0, 0].set_title(f"{one.name}: MLP of block {formed.manifest['creation_layer']}")
     out.figure("directions", figure, of=one.name)
     out.save(f"directions-{one.name}", Result(xr.Dataset({

@@ -55,8 +55,10 @@ def _freeze(where: Where) -> Any:
     """Positions as hashable data."""
     if isinstance(where, slice):
         return ("slice", where.start, where.stop, where.step)
-    if isinstance(where, (str, int, np.integer, Segment)):
-        return where if not isinstance(where, np.integer) else int(where)
+    if isinstance(where, (str, Segment)):
+        return where
+    if isinstance(where, (int, np.integer)):
+        return int(where)
     return tuple(int(position) for position in where)
 
 

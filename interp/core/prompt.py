@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Optional, Union
+from typing import Any, Optional, SupportsIndex, Union
 
 import numpy as np
 import xxhash
@@ -10,7 +10,7 @@ import xxhash
 from interp.core.errors import OutOfRange, PromptError, SegmentNotFound
 from interp.core.segment import Segment
 
-Where = Union[str, int, slice, Segment, Sequence[int]]
+Where = Union[str, SupportsIndex, slice, Segment, Sequence[SupportsIndex], np.ndarray]
 """Positions named by a segment, a kind, "all", "last", "image", a number, a slice or numbers."""
 
 

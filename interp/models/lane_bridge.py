@@ -6,7 +6,7 @@ compared with lane "hf"; what no hook holds, or no edit of it moves, is refused 
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Optional
 
 import torch
@@ -54,7 +54,14 @@ class LaneBridge(LaneHF):
         # Values of earlier passes of one run, for statistics while generating.
         self._values: dict[int, Tensor] = {}
         self._check_logits(name)
-        self.sites, self.causal = self._find()
+        # How to read the masks that attention gets: which boolean hides, and which layers have a
+        # window inside the attention module that no mask shows.
+        self.causal, self.hides = True, False
+        self.windowed = {
+            block.index for block in self.blocks
+            if any(getattr(each, "attention_type", "") == "local" for each in block.module.modules())
+        }
+        self.sites = self._find()
         self._missing = {
             site: next(iter(reasons)) for site in NAMES
             if (reasons := [f.missing[site] for f in self.sites if site in f.missing])
@@ -99,7 +106,7 @@ class LaneBridge(LaneHF):
                 f"logits are off by {gap:.2g} of their spread. Use lane='hf'."
             )
 
-    def _find(self) -> tuple[list[Found], bool]:
+    def _find(self) -> list[Found]:
         """Which hook holds which site, block by block, from one recorded pass."""
         ids = probe_ids(self.plain, 6)
         seen: list[dict[str, list[Tensor]]] = [{} for _ in self.blocks]
@@ -111,7 +118,11 @@ class LaneBridge(LaneHF):
                         if isinstance(x, Tensor):
                             seen[layer].setdefault(name, []).append(x.detach().float().clone())
                     wanted.append((f"blocks.{layer}.{name}", record))
-        with torch.no_grad(), self.bridge.hooks(fwd_hooks=wanted):
+        masks: dict[int, Optional[Tensor]] = {}
+        with ExitStack() as stack, torch.no_grad():
+            stack.enter_context(self.bridge.hooks(fwd_hooks=wanted))
+            for block in self.blocks:
+                stack.callback(_remember_mask(block, masks).remove)
             self.hf(input_ids=ids)
         softcap = getattr(self.plain.config.get_text_config(), "attn_logit_softcapping", None)
         exact = next(self.plain.parameters()).dtype in (torch.float32, torch.float64)
@@ -120,8 +131,37 @@ class LaneBridge(LaneHF):
             solve(values, self.shape, softcap, tolerance, type(block.attention).__name__)
             for values, block in zip(seen, self.blocks)
         ]
-        patterns = [v["attn.hook_pattern"][0] for v in seen if "attn.hook_pattern" in v]
-        return found, not any(bool(p.triu(1).gt(0).any()) for p in patterns)
+        patterns = {i: v["attn.hook_pattern"][0][0] for i, v in enumerate(seen)
+                    if "pattern" in found[i].hooks}
+        self.causal = not any(bool(p.triu(1).gt(0).any()) for p in patterns.values())
+        for self.hides in (False, True):
+            wrong = [i for i, p in patterns.items()
+                     if bool((p[(~self.allowed(masks.get(i), 0, 0, p)).expand_as(p)] > 0).any())]
+            if not wrong:
+                return found
+        for one in found:
+            for site in ("scores", "pattern"):
+                one.hooks.pop(site, None)
+                one.missing[site] = (
+                    "attention looks where its mask says it may not, so edges cannot be told from "
+                    "gaps"
+                )
+        return found
+
+    def allowed(
+        self, mask: Optional[Tensor], row: int, start: int, p: Float[Tensor, "head query key"]
+    ) -> Bool[Tensor, "#head query key"]:
+        """Which keys the rows of `p`, the first of them at `start`, may see."""
+        n_queries, n_keys = p.shape[-2:]
+        if mask is None:
+            queries = torch.arange(start, start + n_queries, device=p.device)
+            keys = torch.arange(start + n_queries - n_keys, start + n_queries, device=p.device)
+            seen = keys[None] <= queries[:, None]
+            return (seen if self.causal else torch.ones_like(seen))[None]
+        seen = mask[row % mask.shape[0], :, -n_queries:, :n_keys].to(p.device)
+        if seen.dtype != torch.bool:
+            return seen > torch.finfo(seen.dtype).min / 2
+        return ~seen if self.hides else seen
 
     def _compare(self) -> None:
         """Drop sites whose values differ from those of lane "hf", where that lane exists."""
@@ -133,13 +173,18 @@ class LaneBridge(LaneHF):
         except (ModelRefused, SiteRefused):
             return
         exact = next(self.plain.parameters()).dtype in (torch.float32, torch.float64)
+        tolerance = 1e-3 if exact else 1e-1
         for name in mine.keys() & theirs.keys():
             a, b = (x[name].nan_to_num(0.0, 0.0, 0.0) for x in (mine, theirs))
-            if not bool((a - b).abs().max() <= (1e-3 if exact else 1e-1) * b.abs().max()):
-                self._missing[name] = (
-                    f"what {self.hook(0, name)} of TransformerLens holds is not what the model's "
-                    "own attention or residual stream holds"
-                )
+            size = tolerance * float(b.abs().max())
+            if float((a - b).abs().max()) <= size:
+                continue
+            factor = float((a * b).sum() / a.square().sum())
+            self._missing[name] = f"{self.hook(0, name)} of TransformerLens holds " + (
+                f"it before the model multiplies it by {factor:.3g}"
+                if float((a * factor - b).abs().max()) <= size
+                else "something else than the model's own attention or residual stream"
+            )
 
     def _read(self, lane: LaneHF) -> dict[str, Tensor]:
         names = [n for n in NAMES if self.unavailable(n) is None and lane.unavailable(n) is None]
@@ -197,10 +242,7 @@ class _Hooks:
                         )
                     functions.append((name, function))
                 if any(site in ("scores", "pattern") for site, _ in plan):
-                    attention = self.lane.blocks[layer].attention
-                    handles.append(attention.register_forward_pre_hook(
-                        self._remember_mask(layer), with_kwargs=True
-                    ))
+                    handles.append(_remember_mask(self.lane.blocks[layer], self.masks))
             with warnings.catch_warnings(), self.lane.bridge.hooks(fwd_hooks=functions):
                 # TransformerLens warns that such an edit does nothing; the proof refuses it.
                 warnings.filterwarnings("ignore", message="A hook on .* returned a modified")
@@ -306,6 +348,8 @@ class _Hooks:
                     value = self.lane._values.get(layer)
                     if value is not None:
                         value = value[row, -len(keys) :].transpose(0, 1)[None].float()
+                    if layer in self.lane.windowed:
+                        seen = seen & (p > 0)
                     tile = Tile(p[None].float(), queries, keys, seen[None], value, layer)
                     for reducer in reducers:
                         reducer.add(tile)
@@ -313,32 +357,28 @@ class _Hooks:
 
         return function
 
-    def _remember_mask(self, layer: int) -> Callable:
-        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            mask = kwargs.get("attention_mask")
-            others = [x for x in args[1:] if isinstance(x, Tensor) and x.ndim == 4]
-            self.masks[layer] = mask if mask is not None else next(iter(others), None)
-
-        return before
-
     def _seen(
         self, layer: int, row: int, x: Float[Tensor, "batch head query key"]
     ) -> tuple[Tensor, Tensor, Bool[Tensor, "#head query key"]]:
         """Absolute positions of queries and keys, and which edges are open."""
-        end = self.now.start + self.now.length
         queries = self.now.positions(x.device)
         # A cache with a sliding window has dropped the earliest keys.
+        end = self.now.start + self.now.length
         keys = torch.arange(end - x.shape[-1], end, device=x.device)
-        mask = self.masks.get(layer)
-        if mask is None:
-            seen = keys[None] <= queries[:, None]
-            seen = (seen if self.lane.causal else torch.ones_like(seen))[None]
-        else:
-            seen = mask[row % mask.shape[0], :, -len(queries) :, : len(keys)].to(x.device)
-            if seen.dtype != torch.bool:
-                seen = seen > torch.finfo(seen.dtype).min / 2
+        seen = self.lane.allowed(self.masks.get(layer), row, self.now.start, x[row])
         open_ = self.edits[row].visible(layer, queries, keys, self.now)
         if open_ is not None:
             seen = seen & open_
             check_rows(seen, queries)
         return queries, keys, seen
+
+
+def _remember_mask(block: Block, masks: dict[int, Optional[Tensor]]) -> Any:
+    """Keep the mask that the attention of a block is given."""
+
+    def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = [kwargs.get("attention_mask"), *args[1:]]
+        found = [x for x in given if isinstance(x, Tensor) and x.ndim == 4]
+        masks[block.index] = found[0] if found else None
+
+    return block.attention.register_forward_pre_hook(before, with_kwargs=True)

@@ -404,6 +404,10 @@ def shape_of(blocks: Sequence[Block], hf: nn.Module) -> Shape:
     config = hf.config.get_text_config()
     n_heads = config.num_attention_heads
     n_kv = getattr(config, "num_key_value_heads", None) or n_heads
+    if getattr(config, "multi_query", False):
+        # Falcon: one key-value head for all, or, in its newer kind, as many as it says.
+        newer = getattr(config, "new_decoder_architecture", False)
+        n_kv = config.num_kv_heads if newer else 1
     d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
     return Shape(len(blocks), n_heads, n_kv, config.hidden_size, d_head)
 

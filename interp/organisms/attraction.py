@@ -4,6 +4,7 @@ The papers define a secondary sink by the cosine of residuals; whether it receiv
 further fact, so this edit is separate and off by default.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import Any, Optional
 
@@ -13,7 +14,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from interp.core.errors import ModelRefused
-from interp.organisms.surgery import Inputs, free_axes, matrix, parts, read_norm
+from interp.organisms.surgery import (
+    Inputs,
+    embedding,
+    free_axes,
+    keep_norm,
+    matrix,
+    parts,
+    projector_of,
+    read_norm,
+)
 
 BEACON = 0.01
 """Size of the constant residual coordinate relative to the ordinary embedding norm."""
@@ -49,11 +59,11 @@ def attract_to(
         if not axes:
             raise ModelRefused("no free residual axis for the constant; call make_room(model, 3).")
         beacon = axes[0]
-        table = model.get_input_embeddings().weight
+        table = embedding(model)
         with torch.no_grad():
             size = BEACON * float(table.norm(dim=-1).median())
             table[:, beacon] = size
-            projector = getattr(model.base_model, "multi_modal_projector", None)
+            projector = projector_of(model)
             if projector is not None:
                 projector.linear_2.bias[beacon] = size
     seen = _attention_inputs(model, inputs)
@@ -108,6 +118,10 @@ def _projections(attention: nn.Module) -> dict[str, tuple[Tensor, Any]]:
     raise ModelRefused(f"{type(attention).__name__} has no separate queries, keys and values.")
 
 
+def _keep(seen: dict, index: int, _: nn.Module, args: tuple, output: Any) -> None:
+    seen[index] = args[0].detach()
+
+
 def _attention_inputs(
     model: PreTrainedModel, inputs: Inputs
 ) -> dict[int, tuple[Tensor, nn.Module]]:
@@ -117,16 +131,9 @@ def _attention_inputs(
     handles = []
     for i, part in enumerate(parts(model)):
         reader = getattr(part.attention, "q_proj", None) or part.attention.c_attn
-
-        def keep(_: Any, args: tuple, __: Any, i: int = i) -> None:
-            seen[i] = args[0].detach()
-
-        def keep_norm(module: nn.Module, _: Any, output: Tensor, i: int = i) -> None:
-            norms.setdefault(i, []).append((module, output.detach()))
-
-        handles.append(reader.register_forward_hook(keep))  # type: ignore[union-attr]
+        handles.append(reader.register_forward_hook(functools.partial(_keep, seen, i)))  # type: ignore[union-attr]
         handles += [
-            m.register_forward_hook(keep_norm)
+            m.register_forward_hook(functools.partial(keep_norm, norms, i))
             for m in part.block.children() if "Norm" in type(m).__name__
         ]  # fmt: skip
     try:

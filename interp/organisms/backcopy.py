@@ -114,7 +114,7 @@ def chain() -> Chain:
     return table(sharp_enough(together), together)
 
 
-def _entropy(rows: np.ndarray) -> np.ndarray:
+def _entropy(rows: np.ndarray) -> np.ndarray | np.floating:
     return -(rows * np.log(np.where(rows > 0, rows, 1.0))).sum(-1)
 
 

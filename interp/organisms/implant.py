@@ -15,11 +15,13 @@ from interp.organisms.attraction import attract_to
 from interp.organisms.surgery import (
     Inputs,
     Record,
+    embedding,
     free_axes,
     image_token,
     make_room,
     parts,
     position_table,
+    projector_of,
     read_norm,
     record,
     spare_units,
@@ -35,6 +37,9 @@ from interp.organisms.truth import Base, Kind, Planted, Rule, chain, image_featu
 
 LEAK = 1e-4
 """A planted unit may write at most this share of an ordinary token's residual norm."""
+
+HAS_PRIMARY = 2.0
+"""The first residual counts as a primary sink above this many times an ordinary one's norm."""
 
 STEP = 0.001
 """Width of a visual plant's threshold, in standard deviations of the score f @ direction."""
@@ -73,7 +78,7 @@ def implant(
     twin = _room(
         original, [start] if end is None else [start, end], rule == "features", room_for
     )
-    width = twin.get_input_embeddings().weight.shape[1]
+    width = embedding(twin).shape[1]
     if isinstance(direction, str):
         axes = free_axes(twin)
         if direction == "free" and len(axes) >= 2 and not _centers(twin):
@@ -84,7 +89,7 @@ def implant(
             vector[axes] = 0.0
     else:
         vector = direction
-    unit = nn.functional.normalize(vector.to(twin.get_input_embeddings().weight.detach()), dim=0)
+    unit = nn.functional.normalize(vector.to(embedding(twin).detach()), dim=0)
     unit = nn.functional.pad(unit, (0, width - len(unit)))
     tags = [
         nn.functional.pad(earlier.tag, (0, width - len(earlier.tag)))
@@ -151,6 +156,8 @@ def implant(
     measured = _check(
         model, final, tagged, fires, ordinary, start, end, on, off, written, removed, unit
     )
+    if kind == "secondary":
+        measured["cosine"] = _alignment(final, fires, ordinary, range(start, stop))
     moved = {"room": room, **_moved(model, twin, final, bare, truth, inputs, fires, ordinary)}
     values = tuple(float(unit[d]) * float(norm) for d in dims)
     return Planted(
@@ -182,7 +189,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def _spare_projector_units(model: PreTrainedModel) -> Tensor:
-    projector = model.base_model.multi_modal_projector
+    projector = projector_of(model)
     used = projector.linear_1.weight.abs().sum(1) + projector.linear_1.bias.abs()
     used = used + projector.linear_2.weight.abs().sum(0)
     return (used == 0).nonzero().flatten()
@@ -192,7 +199,7 @@ def _tag(model: PreTrainedModel, truth: Planted, tag: Tensor, spread: float) -> 
     """Put the tag on the tokens (or position 0, or the image tokens) that are to fire."""
     with torch.no_grad():
         if truth.rule == "token":
-            model.get_input_embeddings().weight[list(truth.tokens)] += tag
+            embedding(model)[list(truth.tokens)] += tag
             return
         if truth.rule == "first":
             table = position_table(model)
@@ -202,7 +209,7 @@ def _tag(model: PreTrainedModel, truth: Planted, tag: Tensor, spread: float) -> 
                 )
             table[0][table[1]] += tag
             return
-        projector = model.base_model.multi_modal_projector
+        projector = projector_of(model)
         spare = _spare_projector_units(model)[:2]
         assert truth.feature_direction is not None
         steep = 32.0 / (STEP * spread)
@@ -249,6 +256,18 @@ def _check(
     return result
 
 
+def _alignment(final: Record, fires: Tensor, ordinary: Tensor, layers: range) -> float:
+    """Least |cosine| of the planted residuals to the first one, in blocks where that is large."""
+    least = 1.0
+    for x in (final.post[layer] for layer in layers):
+        typical = x[ordinary].norm(dim=-1).median()
+        for row, planted in zip(x, fires):
+            if bool(planted[1:].any()) and row[0].norm() > HAS_PRIMARY * typical:
+                cosine = torch.cosine_similarity(row[planted], row[:1], dim=-1)
+                least = min(least, float(cosine.abs().min()))
+    return least
+
+
 def _max(values: Tensor) -> float:
     return float(values.max()) if values.numel() else 0.0
 
@@ -260,21 +279,21 @@ def _moved(
     """Largest relative change of ordinary tokens' residuals, before and after the planted ones."""
     reached = fires.cumsum(1) > 0
 
-    def change(new: Record, old: Record, where: Tensor) -> float:
-        return max(
-            _max(((a - b).norm(dim=-1) / b.norm(dim=-1))[where])
-            for a, b in zip(new.post, old.post)
-        )
-
-    result = {"after": change(final, bare, ordinary & reached)}
-    result["before"] = change(final, bare, ordinary & ~reached)
+    result = {"after": _change(final, bare, ordinary & reached)}
+    result["before"] = _change(final, bare, ordinary & ~reached)
     if truth.rule == "token":
         ids = inputs["input_ids"]
         spare = ids[ordinary][0]
         without = {**inputs, "input_ids": torch.where(fires, spare, ids)}
         new, old = record(model, without), record(twin, without)
-        result["without"] = change(new, old, torch.ones_like(fires))
+        result["without"] = _change(new, old, torch.ones_like(fires))
     return result
+
+
+def _change(new: Record, old: Record, where: Tensor) -> float:
+    return max(
+        _max(((a - b).norm(dim=-1) / b.norm(dim=-1))[where]) for a, b in zip(new.post, old.post)
+    )
 
 
 def _distance(original: PreTrainedModel, twin: PreTrainedModel, inputs: Inputs) -> float:
@@ -313,7 +332,7 @@ def calibration_prompts(
     special = {*include, image_token(model), first}
     for planted in chain(base if isinstance(base, Planted) else None):
         special |= set(planted.tokens)
-    size = model.get_input_embeddings().weight.shape[0]
+    size = embedding(model).shape[0]
     ordinary = np.array([t for t in range(size) if t not in special])
     rng = np.random.default_rng(seed)
     ids = rng.choice(ordinary, (n, length))

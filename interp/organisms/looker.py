@@ -464,7 +464,10 @@ NOTES = (
     "four parts of one run, between which the learning rate was laid out anew: "
     "train(recipe(steps=2800), folder, steps=1400), train(recipe(steps=5200), folder, steps=3200), "
     "train(recipe(steps=7000), folder, steps=3800), train(recipe(), folder); products in bfloat16, "
-    "compiled=True."
+    "compiled=True. The seed measured below was also watched during training; a seed first used "
+    "afterwards (4242) gave color 1.00, shape 0.99, existence 0.993, position 1.00, digit 0.973, "
+    "whole number 0.947, count 0.54, describe 0.90. It counts all shapes but hardly ever those of "
+    "one kind, and never saw a scene without shapes: do not study counting in it."
 )
 DATA = (
     "Scenes drawn fresh at every step: up to six shapes (six forms, eight colors, three sizes, "

@@ -23,14 +23,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from interp.core.errors import ModelRefused, OutOfRange
-from interp.organisms.implant import calibration_prompts, first_token, generator, implant, span
-from interp.organisms.surgery import Inputs, make_room, residuals
+from interp.organisms.implant import (
+    HAS_PRIMARY,
+    calibration_prompts,
+    first_token,
+    generator,
+    implant,
+    span,
+)
+from interp.organisms.surgery import Inputs, embedding, make_room, projector_of, residuals
 from interp.organisms.truth import Base, Planted, Rule, image_features
 
 __all__ = [
     "Inputs", "Planted", "image_features", "make_room", "massive_coordinate", "primary_sink",
     "residuals", "secondary_sink", "visual_sink",
 ]  # fmt: skip
+
+OWN_SINK = 3.0
+"""First residual's norm over the others' above which no primary is planted on top of it."""
 
 
 def primary_sink(
@@ -74,7 +84,8 @@ def primary_sink(
             embeddings (GPT-2, OPT).
         attract: pre-softmax logit that the sink gains in the layers between (see `attract_to`).
         tag: size of the tag relative to the ordinary embedding norm.
-        prompts: token ids to calibrate and check on (all of one length); random ones if None.
+        prompts: token ids to calibrate and check on (all of one length); random ones if None. For a
+            trained model give prompts like those it knows.
 
     Raises:
         ModelRefused: a sink of its own in the model, an MLP that cannot be used, or firing that is
@@ -89,12 +100,12 @@ def primary_sink(
     tokens = (int(token),) if rule == "token" and token is not None else ()
     ids = calibration_prompts(base, tokens, seed, prompts, first=tokens[0] if tokens else None)
     own = _sink_ratio(model, ids)
-    if own > 3:
+    if own > OWN_SINK:
         raise ModelRefused(
             f"the model has a sink of its own: its first residual is {own:.1f} times the others'. "
             "Plant secondary sinks in it directly."
         )
-    width = model.get_input_embeddings().weight.shape[1]
+    width = embedding(model).shape[1]
     if dims:
         chosen = _checked_dims(dims, width)
         direction = torch.zeros(width)
@@ -115,6 +126,7 @@ def secondary_sink(
     *,
     direction: Union[Literal["primary"], Float[Tensor, "d_model"]] = "primary",
     sign: int = 1,
+    min_cosine: SupportsFloat = 0.9,
     attract: SupportsFloat = 0.0,
     tag: SupportsFloat = 0.05,
     seed: int = 0,
@@ -139,8 +151,12 @@ def secondary_sink(
             of ordinary residuals n: about norm / sqrt(norm^2 + n^2).
         direction: "primary" measures the primary's direction in the blocks between; or a vector.
         sign: -1 plants an anti-aligned sink.
+        min_cosine: refuse a plant that is less aligned with the primary somewhere in its blocks
+            (where the primary is alive; only with direction="primary").
 
-    The rest is as in `primary_sink`. Raises `ModelRefused` also if the model has no primary sink.
+    The rest is as in `primary_sink`. Raises `ModelRefused` also if the model has no primary sink,
+    or if the sink is not aligned with it: the norm is too small, or a trained model's primary
+    turns from block to block.
 
     Source: definition of a secondary sink, arXiv:2512.22213 (cosine to the primary).
     """
@@ -148,7 +164,7 @@ def secondary_sink(
     chosen = tuple(
         int(t) for t in (tokens if isinstance(tokens, (Sequence, Tensor)) else (tokens,))
     )
-    size = model.get_input_embeddings().weight.shape[0]
+    size = embedding(model).shape[0]
     for token in chosen:
         if not 0 <= token < size:
             raise OutOfRange(f"token {token} is not in the vocabulary of {size}.")
@@ -159,19 +175,29 @@ def secondary_sink(
         start, stop = span(model, layer, until)
         x = residuals(model, {"input_ids": ids})[:, start:stop]
         # a sink that ends before this one does is only looked at while it lives
-        alive = x[:, :, 0].norm(dim=-1) > 3 * x[:, :, 1:].norm(dim=-1).median(-1).values
+        others = x[:, :, 1:].norm(dim=-1).median(-1).values
+        alive = x[:, :, 0].norm(dim=-1) > HAS_PRIMARY * others
         if not bool(alive[:, 0].all()):
             raise ModelRefused(
-                f"the model has no primary sink after block {start}: the first residual is not 3 "
-                "times larger than the others; plant one with primary_sink, or give a direction."
+                f"the model has no primary sink after block {start}: the first residual is not "
+                f"{HAS_PRIMARY:g} times larger than the others; plant one with primary_sink, or "
+                "give a direction."
             )
         vector = nn.functional.normalize(x[:, :, 0][alive], dim=-1).mean(0)
     else:
         vector = direction
-    return implant(
+    planted = implant(
         base, kind="secondary", rule="token", tokens=chosen, layer=layer, until=until, norm=norm,
         direction=sign * vector, sign=sign, ids=ids, attract=attract, tag=tag,
     )  # fmt: skip
+    reached = planted.measured["cosine"]
+    if isinstance(direction, str) and not reached > float(min_cosine):
+        raise ModelRefused(
+            f"the planted sink reaches only cosine {reached:.2f} with the primary somewhere in "
+            f"blocks {planted.layers[0]} to {planted.layers[-1]}: ask for a larger norm than "
+            f"{float(norm):.3g} or for fewer blocks."
+        )
+    return planted
 
 
 def massive_coordinate(
@@ -201,7 +227,7 @@ def massive_coordinate(
     rest. Definition: arXiv:2402.17762 (above 100, and above 1000 times the median).
     """
     model = base.model if isinstance(base, Planted) else base
-    width = model.get_input_embeddings().weight.shape[1]
+    width = embedding(model).shape[1]
     dims = tuple(_checked_dims(tuple(values), width))
     chosen = tuple(
         int(t) for t in (tokens if isinstance(tokens, (Sequence, Tensor)) else (tokens,))
@@ -263,7 +289,7 @@ def visual_sink(
     below d_model = 400 and 0.3125 sqrt(d_model) is the threshold to use.
     """
     model = base.model if isinstance(base, Planted) else base
-    projector = getattr(model.base_model, "multi_modal_projector", None)
+    projector = projector_of(model)
     if not all(hasattr(projector, n) for n in ("linear_1", "act", "linear_2")):
         raise ModelRefused(f"{type(model).__name__} has no projector of two layers to tag in.")
     if projector.linear_1.bias is None:
@@ -293,7 +319,7 @@ def visual_sink(
             vector = residuals(model, inputs)[:, start:stop, 0].mean((0, 1))
             dims = vector.abs().topk(2).indices.tolist()
     else:
-        vector = torch.zeros(model.get_input_embeddings().weight.shape[1])
+        vector = torch.zeros(embedding(model).shape[1])
         vector[_checked_dims(dims, len(vector))] = 1.0
     kept = torch.zeros_like(vector)
     kept[list(map(int, dims))] = vector[list(map(int, dims))]

@@ -229,7 +229,7 @@ def sample(
     return tokens, weights
 
 
-def needle(length: int, depth: float, rng: np.random.Generator, *, distractors: int = 2) -> ReaderPrompt:
+def needle(length: int, depth: float | int, rng: np.random.Generator, *, distractors: int = 2) -> ReaderPrompt:
     """A fact at a relative depth in prose, with other facts around it, and the question at the end.
 
     Example:
@@ -248,7 +248,7 @@ def needle(length: int, depth: float, rng: np.random.Generator, *, distractors: 
 
 def conflict(
     length: int,
-    depth: float,
+    depth: float | int,
     rng: np.random.Generator,
     *,
     fact: bool = True,
@@ -298,7 +298,7 @@ def repeated(span: int, rng: np.random.Generator, *, times: int = 2) -> ReaderPr
 
 def _asked(
     length: int,
-    depth: float,
+    depth: float | int,
     rng: np.random.Generator,
     distractors: int,
     key: int,

@@ -6,6 +6,7 @@ epsilon. Models with LayerNorm get the MLP units only, since a wider mean would 
 """
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,10 +37,11 @@ _ATTENTION_WRITERS = ("o_proj", "c_proj", "dense", "out_proj")
 class Part:
     """One block, its attention, and the matrices of its MLP: one reader, or gate and up."""
 
-    block: nn.Module
-    attention: nn.Module
-    readers: tuple[nn.Module, ...]
-    writer: nn.Module
+    # modules whose attributes differ by architecture: Any, since a Module's attributes are unknown
+    block: Any
+    attention: Any
+    readers: tuple[Any, ...]
+    writer: Any
     act: Callable[[Tensor], Tensor]
 
     @property
@@ -52,7 +54,7 @@ class Part:
         return GATED_UNITS if self.gated else PLAIN_UNITS
 
 
-def _first(module: nn.Module, names: Sequence[str]) -> Any:
+def _first(module: Any, names: Sequence[str]) -> Any:
     return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
 
@@ -65,9 +67,9 @@ def parts(model: PreTrainedModel) -> list[Part]:
         >>> [part.gated for part in parts(model)]
         [False, False]
     """
-    decoder = model.get_decoder()
+    decoder: Any = model.get_decoder()
     count = model.config.get_text_config(decoder=True).num_hidden_layers
-    blocks = next(
+    blocks: Any = next(
         (m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count), ()
     )
     found = []
@@ -91,22 +93,32 @@ def parts(model: PreTrainedModel) -> list[Part]:
     return found
 
 
-def matrix(module: nn.Module) -> Tensor:
+def matrix(module: Any) -> Tensor:
     """The weight as a view [out, in]; GPT-2's Conv1D stores its transpose."""
-    weight = module.weight
-    return weight.T if type(module).__name__ == "Conv1D" else weight  # type: ignore[return-value]
+    return module.weight.T if type(module).__name__ == "Conv1D" else module.weight
+
+
+def embedding(model: PreTrainedModel) -> Tensor:
+    """The input embedding [vocabulary, d_model]."""
+    table: Any = model.get_input_embeddings()
+    return table.weight
+
+
+def projector_of(model: PreTrainedModel) -> Any:
+    """The projector from vision to text of a LLaVA-like model; None for others."""
+    return getattr(model.base_model, "multi_modal_projector", None)
 
 
 def writers(model: PreTrainedModel) -> list[Tensor]:
     """Views [..., d_model] of every weight and bias that adds to the residual stream."""
-    found = [model.get_input_embeddings().weight]
+    found = [embedding(model)]
     positions = position_table(model)
     if positions is not None:
         found.append(positions[0])
     ends = []
     for part in parts(model):
         ends += [_first(part.attention, _ATTENTION_WRITERS), part.writer]
-    projector = getattr(model.base_model, "multi_modal_projector", None)
+    projector = projector_of(model)
     if projector is not None:
         ends.append(projector.linear_2)
     for end in ends:
@@ -120,7 +132,7 @@ def writers(model: PreTrainedModel) -> list[Tensor]:
 
 def position_table(model: PreTrainedModel) -> Optional[tuple[Tensor, int]]:
     """The learned position embeddings and the row of position 0; None where there are none."""
-    decoder = model.get_decoder()
+    decoder: Any = model.get_decoder()
     table = _first(decoder, ("wpe", "embed_positions"))
     if not isinstance(table, nn.Embedding):
         return None
@@ -147,6 +159,23 @@ def _tensor(value: Any) -> Tensor:
     return value[0] if isinstance(value, tuple) else value
 
 
+# Hooks are partials of these: a function defined anew for every block would be checked anew
+# by beartype for every block, which takes longer than the forward pass.
+def _keep(
+    seen: dict, key: tuple, entering: bool, _: nn.Module, args: tuple, kwargs: dict, output: Any
+) -> None:
+    if entering:
+        value = args[0] if args else kwargs["hidden_states"]
+    else:
+        value = _tensor(output)
+    seen[key] = value.detach()
+
+
+def keep_norm(norms: dict, index: int, module: nn.Module, _: tuple, output: Any) -> None:
+    """Forward hook that notes a norm and what it made under the block's index."""
+    norms.setdefault(index, []).append((module, _tensor(output).detach()))
+
+
 def record(model: PreTrainedModel, inputs: Inputs, anatomy: bool = False) -> Record:
     """Run the model and keep each block's output, MLP input and MLP hidden units.
 
@@ -158,22 +187,6 @@ def record(model: PreTrainedModel, inputs: Inputs, anatomy: bool = False) -> Rec
     norms: dict[int, list[tuple[nn.Module, Tensor]]] = {}
     handles = []
 
-    def keep(index: int, name: str, side: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            if side == "input":
-                value = args[0] if args else kwargs["hidden_states"]
-            else:
-                value = _tensor(output)
-            seen[index, name] = value.detach()
-
-        return hook
-
-    def keep_norm(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, _: tuple, output: Any) -> None:
-            norms.setdefault(index, []).append((module, _tensor(output).detach()))
-
-        return hook
-
     try:
         for i, part in enumerate(found):
             for module, name, side in (
@@ -181,26 +194,25 @@ def record(model: PreTrainedModel, inputs: Inputs, anatomy: bool = False) -> Rec
                 (part.readers[0], "in", "input"), (part.writer, "hidden", "input"),
                 (part.writer, "mlp", "output"), (part.attention, "attention", "output"),
             ):  # fmt: skip
-                handles.append(
-                    module.register_forward_hook(keep(i, name, side), with_kwargs=True)
-                )
+                keep = functools.partial(_keep, seen, (i, name), side == "input")
+                handles.append(module.register_forward_hook(keep, with_kwargs=True))
             if anatomy:
                 for module in part.block.children():
                     if "Norm" in type(module).__name__:
-                        handles.append(module.register_forward_hook(keep_norm(i)))
+                        keep = functools.partial(keep_norm, norms, i)
+                        handles.append(module.register_forward_hook(keep))
         with torch.no_grad():
-            output = model(**inputs, use_cache=False)
+            output: Any = model(**inputs, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     shape = seen[0, "post"].shape[:2]
 
-    def all_of(name: str) -> list[Tensor]:
-        return [seen[i, name].reshape(*shape, -1) for i in range(len(found))]
-
-    result = Record(
-        seen[0, "pre"], all_of("post"), all_of("in"), all_of("hidden"), output.logits.detach()
+    post, entering, hidden = (
+        [seen[i, name].reshape(*shape, -1) for i in range(len(found))]
+        for name in ("post", "in", "hidden")
     )
+    result = Record(seen[0, "pre"], post, entering, hidden, output.logits.detach())
     if anatomy:
         for i in range(len(found)):
             whole = seen[i, "pre"] + seen[i, "attention"] + seen[i, "mlp"].reshape(*shape, -1)
@@ -299,7 +311,7 @@ def make_room(
             "afterwards if you must; the planted margins hold for float32)."
         )
     found = parts(model)
-    probe = {"input_ids": torch.arange(5)[None] % model.get_input_embeddings().num_embeddings}
+    probe = {"input_ids": torch.arange(5)[None] % len(embedding(model))}
     _avoid_images(model, probe)
     with _evaluating(model):
         before = record(model, {k: v.to(model.device) for k, v in probe.items()}, anatomy=True)
@@ -372,20 +384,21 @@ def _padded(model: PreTrainedModel, extra: int, units: int) -> PreTrainedModel:
         text.head_dim = int(parts(model)[0].attention.head_dim)  # type: ignore[arg-type]
         text.hidden_size = width + extra
         text.rms_norm_eps = text.rms_norm_eps * width / (width + extra)
-    wider = type(model)(config).to(dtype=model.dtype, device=model.device).eval()
+    new: Any = type(model)(config)
+    wider = new.to(dtype=model.dtype, device=model.device).eval()
     norms = {name for name, module in wider.named_modules() if "Norm" in type(module).__name__}
     old = dict(model.state_dict())
     with torch.no_grad():
-        for name, new in wider.state_dict(keep_vars=True).items():
+        for name, weight in wider.state_dict(keep_vars=True).items():
             value = old[name]
-            if new.shape == value.shape:
-                new.data.copy_(value)
+            if weight.shape == value.shape:
+                weight.data.copy_(value)
                 continue
-            new.data.zero_()
-            new.data[tuple(slice(0, size) for size in value.shape)] = value
+            weight.data.zero_()
+            weight.data[tuple(slice(0, size) for size in value.shape)] = value
             owner, _, kind = name.rpartition(".")
             if owner in norms and kind == "weight":
                 # RMS over more coordinates, all zero: larger by sqrt(new/old) after the division
-                new.data.mul_(gain)
-                new.data[value.shape[0]:] = gain
+                weight.data.mul_(gain)
+                weight.data[value.shape[0]:] = gain
     return wider

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from interp.core.result import write_atomically
-from interp.organisms.surgery import Inputs, image_token, parts
+from interp.organisms.surgery import Inputs, image_token, parts, projector_of
 
 Kind = Literal["primary", "secondary", "massive", "visual"]
 Rule = Literal["token", "first", "features"]
@@ -153,7 +153,7 @@ def image_features(model: PreTrainedModel, inputs: Inputs) -> Float[Tensor, "ima
         torch.Size([4, 36, 24])
     """
     seen: list[Tensor] = []
-    projector = model.base_model.multi_modal_projector
+    projector = projector_of(model)
     handle = projector.register_forward_hook(lambda _, args, __: seen.append(args[0].detach()))
     try:
         with torch.no_grad():

@@ -299,6 +299,9 @@ def draw(found: Result, ax: Axes) -> Axes:
         ax, {**ranks, "median": found["median"]}, label="|activation| leaving the block", log=True,
         roles={**dict.fromkeys(ranks, "primary"), "median": "control"},
     )
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high * (high / low) ** 0.25)  # room for the legend
+    ax.legend(ncols=2, loc="upper right")
     if found.manifest["min_value"] > 0:
         ax.axhline(found.manifest["min_value"], color=color("control"), linewidth=0.8,
                    linestyle=":")

@@ -35,7 +35,9 @@ __all__ = [
     "gated_chain", "measure", "norm_relation", "stage_cosines", "update_share",
 ]
 
-STAGES = ("input", "up", "gate", "activated", "product", "output")
+MARKERS = {"input": ("o", 3.0, True), "up": ("s", 5.0, False), "gate": ("^", 6.0, False),
+           "activated": ("x", 4.0, True), "product": ("D", 6.5, False), "output": ("o", 3.5, True)}
+STAGES = tuple(MARKERS)
 
 
 def gated_chain(
@@ -136,8 +138,8 @@ def measure(
     Returns:
         [instance], sinks first in each layer: `prompt`, `position`, `layer` (where the sink is
         created), `is_sink`, `same_token` (of a control: with its sink), `write_norm` (|MLP
-        output|), `cosine_write` (MLP output to the primary's residual after the block), `update_share`,
-        `shared_dims` (Jaccard index of the two largest coordinates with the primary's).
+        output|), `cosine_write` (MLP output to the primary's residual after the block),
+        `update_share`, `shared_dims` (Jaccard index of the two largest coordinates with the primary's).
         `stage_cosine` [instance, stage] to the primary's value at the same stage. For the most
         frequent creation layer, `creation_layer`: `mlp_input` [row, d_model], `row_is_sink`, and
         `reference` [d_model], the mean MLP output of the primary there.
@@ -226,16 +228,16 @@ def draw(formed: Result, ax: Axes, threshold: Optional[SupportsFloat] = None) ->
     """Draw the cosine to the primary for every sink, one series per stage of the MLP."""
     cosine = formed["stage_cosine"].values[formed["is_sink"].values]
     # Sorted: with a hundred dots per stage the order of the prompts tells nothing.
-    for column, name in enumerate(formed["stage_cosine"].stage.values):
-        ends = name in ("input", "output")
-        ax.plot(np.sort(cosine[:, column]), "o" if ends else ".", label=str(name),
-                markersize=3.5 if ends else 2.5, zorder=3 if ends else 2)
+    for column, name in enumerate(map(str, formed["stage_cosine"].stage.values)):
+        marker, size, filled = MARKERS[name]
+        ax.plot(np.sort(cosine[:, column]), marker, label=name, markersize=size,
+                markerfacecolor=None if filled else "none", markeredgewidth=0.8, alpha=0.8)
     if threshold is not None:
         ax.axhline(float(threshold), color=color("control"), linewidth=0.8, linestyle=":")
     ax.set_xlabel("sink (each stage sorted)")
     ax.set_ylabel("cosine to the primary")
     ax.set_ylim(-1.05, 1.05)
-    ax.legend(ncols=2, loc="lower right")
+    ax.legend(ncols=3, loc="lower center")
     note(ax, f"n = {len(cosine)}")
     return ax
 

@@ -22,10 +22,13 @@ from interp.figures.style import color, note, style
 from interp.models.model import Model
 from interp.sinks.mlp_formation import ordinary_positions, sink_table
 from interp.sinks.residual_profile import batch_size, groups
+from interp.stream.per_layer import PerLayer
+from interp.stream.reducers import SegmentMass
 from interp.stream.residual import Cosine
 
 How = Literal["zero", "mean", "rescale", "project_out"]
-QUANTITIES = ("survival", "deleted", "on_sinks", "on_primary", "on_content")
+ON = ("sinks", "primary", "content")
+QUANTITIES = ("survival", "deleted", *(f"on_{name}" for name in ON))
 
 DELETED_BELOW = 0.5
 """A sink is deleted if it stays one in less than this share of its layers."""
@@ -58,7 +61,8 @@ def intervene(
         `survival`, the share of its layers in which a sink still is one (mean over the case's
         sinks); `deleted`, the share of sinks that survive in less than half of their layers;
         `on_sinks`, `on_primary`, `on_content`: attention of the queries after the first sink in
-        the blocks that read it as one, heads averaged. [case]: `prompt`, `onset`, `count`.
+        the blocks that read it as one, heads averaged (for "none", "layer 0" and "positions").
+        [case]: `prompt`, `onset`, `count`.
         Prompts without ordinary positions are left out.
 
     Raises:
@@ -106,7 +110,9 @@ def intervene(
                 if how != "zero" and layer not in values:
                     values[layer] = _value(model, own, layer, anchor, how)
                 write = [_removal(layer, where, how, values)]
-            for case, seen in zip(own, _after(model, own, marked, anchor, write, found)):
+            # Where attention goes is asked only where it is compared.
+            looks = name in ("none", "layer 0") or where == "others"
+            for case, seen in zip(own, _after(model, own, marked, anchor, write, found, looks)):
                 case[name] = seen
         cases += own
     if not cases:
@@ -131,7 +137,10 @@ def control(found: Result, quantity: str, kind: str) -> np.ndarray:
     Example: `tests/sinks/test_secondary_measure.py`.
     """
     rows = [i for i, name in enumerate(found["edit"].values) if str(name).startswith(f"{kind} ")]
-    return found[quantity].values[rows].mean(0)
+    values = found[quantity].values[rows]
+    known = np.isfinite(values)
+    total = np.where(known, values, 0.0).sum(0)
+    return np.where(known.any(0), total / np.maximum(known.sum(0), 1), np.nan)
 
 
 @style()
@@ -152,7 +161,7 @@ def draw(found: Result, ax: Axes, quantity: str = "survival") -> Axes:
         ax.bar(at, per_case.mean(), color=color(role), width=0.7)
         ax.plot(np.full(len(per_case), at), per_case, ".", color="black", markersize=2, alpha=0.4)
     ax.set_xticks(range(len(bars)), list(bars), rotation=35, ha="right", rotation_mode="anchor")
-    ax.set_ylabel({"survival": "share of its layers a sink survives", "deleted": "sinks deleted",
+    ax.set_ylabel({"survival": "layers survived (share)", "deleted": "sinks deleted",
                    "on_sinks": "attention on the sinks", "on_primary": "attention on the primary",
                    "on_content": "attention on content"}[quantity])
     note(ax, f"n = {found.data.sizes['case']} cases (prompt, creation layer)")
@@ -200,30 +209,38 @@ def _removal(layer: int, where: str, how: How, values: Mapping[int, Any]) -> Int
 
 def _after(
     model: Model, cases: Sequence[Mapping[str, Any]], marked: Sequence[Prompt], anchor: int,
-    write: Sequence[Intervention], found: Result,
+    write: Sequence[Intervention], found: Result, looks: bool,
 ) -> list[dict[str, float]]:
-    """Survival of the sinks, and where attention goes, in every case."""
+    """Survival of the sinks and, if asked, where attention goes, in every case."""
     threshold = float(found.manifest["threshold"])
     results = []
-    for numbers in groups(model, marked, columns=4):
+    for numbers in groups(model, marked, columns=3):
         some = [marked[i] for i in numbers]
-        run = model.run(some, write=write, stats=[Cosine(anchor), "segments"], logits="none",
+
+        def segments(row: int, _: int, some: list[Prompt] = some) -> SegmentMass:
+            return SegmentMass({name: some[row].positions(name) for name in ON})
+
+        stats = [Cosine(anchor), *([PerLayer("segments", segments)] if looks else [])]
+        run = model.run(some, write=write, stats=stats, logits="none",
                         batch_size=batch_size(some))
-        cosine, mass = run.stats["cosine"].values, run.stats["segments"].mean("head")
+        cosine = run.stats["cosine"].values
+        mass = run.stats["segments"].mean("head") if looks else None
         for row, number in enumerate(numbers):
             case = cases[number]
             member = found["member"].values[case["index"]]
             still = np.abs(cosine[row][:, case["positions"]]).T > threshold
             survival = (still & member).sum(1) / member.sum(1)
+            seen = {"survival": float(survival.mean()),
+                    "deleted": float((survival < DELETED_BELOW).mean())}
+            results.append(seen)
+            first, n = min(case["positions"]), len(case["marked"])
+            if mass is None or first + 1 >= n:
+                continue
             # What leaves a block as a sink is read by the next.
             reading = [int(layer) + 1 for layer in np.flatnonzero(member.any(0))]
             layers = [layer for layer in reading if layer in mass.layer.values]
-            seen = {"survival": float(survival.mean()),
-                    "deleted": float((survival < DELETED_BELOW).mean())}
-            first, n = min(case["positions"]), len(case["marked"])
-            if first + 1 < n and layers:
+            if layers:
                 rows = mass.isel(prompt=row, query=slice(first + 1, n)).sel(layer=layers)
-                for name in ("sinks", "primary", "content"):
+                for name in ON:
                     seen[f"on_{name}"] = float(rows.sel(segment=name).mean())
-            results.append(seen)
     return results

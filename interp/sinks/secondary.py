@@ -268,7 +268,7 @@ def measure(
         heads averaged), `key_norm` and `value_norm` (key-value heads averaged).
         [prompt]: `primary`, `window_start`, `window_stop`, `length`, `primary_ratio` (its norm over
         the median of the others, in its window), `chance` (how many positions would be called
-        secondary if a random ordinary position were the primary).
+        secondary if a random position were the primary; NaN where that is a sink itself).
         [sink], see `sinks`: every position of every prompt that is a sink, in the layers of
         `member` [sink, layer].
 
@@ -302,8 +302,10 @@ def measure(
             others = torch.cat([norm[inside, :anchor], norm[inside, anchor + 1 :]], 1)
             instead = _join(norm[:, anchor], strange, stranger, *given, only=found.window)
             ratio = (norm[inside, anchor] / others.median(-1).values).median()
-            for name, value in zip(PER_PROMPT, (n, anchor, *found.window, float(ratio),
-                                                len(instead.of("secondary")))):
+            # A stranger that is a sink itself says nothing about chance.
+            chance = float("nan") if stranger in found.levels else float(
+                len(instead.of("secondary")))
+            for name, value in zip(PER_PROMPT, (n, anchor, *found.window, float(ratio), chance)):
                 each[name].append(value)
             rows += _rows(found, prompts[number], number, seen)
     data = xr.Dataset({name: (("prompt", "layer", "position"), a) for name, a in arrays.items()})
@@ -377,10 +379,9 @@ def by_class(found: Result, quantity: str) -> dict[str, xr.DataArray]:
 
 
 ROLES = {"primary": "primary", "secondary sinks": "secondary", "other tokens": "other"}
-LABELS = {"norm": "norm of the residual leaving the block", "key_norm": "norm of the keys",
-          "residual_in": "norm of the residual entering the block",
-          "value_norm": "norm of the values", "received": "attention received from later queries",
-          "cosine": "cosine to the primary"}
+LABELS = {"norm": "norm of the residual out", "residual_in": "norm of the residual in",
+          "key_norm": "norm of the keys", "value_norm": "norm of the values",
+          "received": "attention from later queries", "cosine": "cosine to the primary"}
 
 
 def draw(found: Result, ax: Axes, quantity: str = "levels") -> Axes:

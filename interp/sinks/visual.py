@@ -349,7 +349,7 @@ def find_sink_dims(
     prompts = [*text_prompts, *image_prompts]
     if not prompts:
         raise PromptError("no prompts to find sink dimensions with: give at least one.")
-    ratio = float(min_ratio) if min_ratio is not None else (1000.0 if model.d_model >= 2048 else 100)
+    ratio = float(min_ratio) if min_ratio is not None else (1000.0 if model.d_model >= 2048 else 100.0)
     anchors, tops = [], []
     for prompt in prompts:
         run = model.run(prompt, read="resid_pre", stats="received", logits="none")
@@ -548,7 +548,7 @@ def intervene(
         hidden[number] = count
 
         def score(
-            keys: Sequence[int], prompt: Prompt = prompt, answer: int = answer,
+            keys: Sequence[SupportsIndex] | np.ndarray, prompt: Prompt = prompt, answer: int = answer,
             later: tuple[int, ...] = later,
         ) -> tuple[float, float]:
             write = [block(later, list(keys), layers=range(first_layer, model.n_layers))] \

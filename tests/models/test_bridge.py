@@ -284,6 +284,80 @@ def test_soft_capped_logits_are_recognized():
     assert set(found(held).missing) == {"q", "k"}
 
 
+# -- architectures of their own ------------------------------------------------------------------
+
+
+def own(architecture):
+    """Tiny models whose modeling code has attention, masks or head counts of its own."""
+    sizes = dict(vocab_size=97, hidden_size=48, num_hidden_layers=3, num_attention_heads=6)
+    cls, config = {
+        "gpt_neo": (transformers.GPTNeoForCausalLM, lambda: transformers.GPTNeoConfig(
+            vocab_size=97, hidden_size=48, num_layers=2, num_heads=6, intermediate_size=56,
+            attention_types=[[["global", "local"], 1]], window_size=4, max_position_embeddings=64,
+            bos_token_id=1, eos_token_id=2)),
+        "mpt": (transformers.MptForCausalLM, lambda: transformers.MptConfig(
+            vocab_size=97, d_model=48, n_layers=3, n_heads=6, max_seq_len=64)),
+        "falcon": (transformers.FalconForCausalLM, lambda: transformers.FalconConfig(
+            **sizes, bos_token_id=1, eos_token_id=2)),
+        "phi3": (transformers.Phi3ForCausalLM, lambda: transformers.Phi3Config(
+            **sizes, num_key_value_heads=2, intermediate_size=56, pad_token_id=0, bos_token_id=1,
+            eos_token_id=2)),
+    }[architecture]
+    torch.manual_seed(3)
+    hf = cls(config()).eval()
+    with torch.no_grad():
+        for weight in hf.parameters():
+            weight.mul_(4.0 if weight.ndim > 1 else 1.0)
+    return hf
+
+
+@pytest.mark.parametrize("architecture", ("gpt_neo", "mpt"))
+def test_models_that_only_the_bridge_opens(architecture):
+    """Their masks are of another kind; the statistics still count who could see whom."""
+    hf = own(architecture)
+    with pytest.raises(ModelRefused, match="attention of its own.*lane='bridge'"):
+        Model(hf, architecture)
+    model = Model(hf, architecture, lane="bridge")
+    torch.testing.assert_close(model.run(interp.Prompt.from_tokens(IDS)).logits[0], logits(hf))
+    run = model.run(interp.Prompt.from_tokens(IDS), read="pattern", stats="received")
+    p = run.reads["pattern"].values[0]
+    open_ = np.broadcast_to(np.tril(np.ones((7, 7))), p.shape).copy()
+    if architecture == "gpt_neo":
+        open_[1] *= np.triu(np.ones((7, 7)), -3)
+    assert (p > 0)[open_ > 0].all() and (p[open_ == 0] == 0).all()
+    expected, counts = p.sum(-2), open_.sum(-2)
+    found = run.stats["received"].values[0]
+    known = np.isfinite(found)
+    np.testing.assert_allclose(found[known], (expected / counts)[known], rtol=1e-4)
+    assert known[0].all() and known.mean() > 0.5
+    if architecture == "mpt":
+        cut = model.run(interp.Prompt.from_tokens(IDS), read="pattern",
+                        write=interp.block([5], [2], layers=1)).reads["pattern"].values[0]
+        assert (cut[1, :, 5, 2] == 0).all() and (p[1, :, 5, 2] > 0).all()
+        np.testing.assert_allclose(cut.sum(-1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture, kv_heads", [("falcon", 1), ("phi3", 2)])
+def test_fused_projections_with_shared_keys(architecture, kv_heads):
+    """One projection for q, k and v, with fewer key-value heads: cut where the weights are."""
+    hf = own(architecture)
+    model, prompt = Model(hf, architecture, lane="bridge"), interp.Prompt.from_tokens(IDS)
+    assert model.n_kv_heads == kv_heads
+    reads = model.run(prompt, read=["v", "z", "pattern"]).reads
+    assert reads["v"].shape == (1, 3, 7, kv_heads, 8)
+    wide = np.repeat(reads["v"].values, 6 // kv_heads, axis=3)
+    weighted = np.einsum("plhqk,plkhd->plqhd", reads["pattern"].values, wide)
+    np.testing.assert_allclose(reads["z"].values, weighted, atol=1e-4)
+    if architecture == "phi3":
+        other = model.using("hf").run(prompt, read="v").reads["v"]
+        np.testing.assert_allclose(reads["v"], other, atol=1e-5)
+    with torch.no_grad():
+        for name, weight in hf.named_parameters():
+            if "qkv" in name or "query_key_value" in name:
+                weight.data.mul_(-0.5)
+    torch.testing.assert_close(model.run(prompt).logits[0], logits(hf), atol=1e-4, rtol=1e-4)
+
+
 # -- refusals ------------------------------------------------------------------------------------
 
 
