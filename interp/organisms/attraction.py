@@ -90,10 +90,10 @@ def attract_to(
                     weight[rows + kept] = row
                     if bias is not None:
                         bias[rows + kept] = -row @ norm.shift
-                elif beacon is None:
-                    bias[rows + kept] = reach
-                else:
+                elif beacon is not None:
                     weight[rows + kept, beacon] = reach / x[ordinary][:, beacon].median()
+                elif bias is not None:
+                    bias[rows + kept] = reach
             weight, bias = projections["v"]
             lost = weight @ (norm.gain * direction)
             weight -= lost[:, None] * read

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from interp.core.errors import ModelRefused
 from interp.organisms.plant import (
     Inputs,
     Planted,
@@ -145,11 +146,19 @@ def _secondary_case(
     before, decoys = base, ()
     if rng.random() < 0.5:
         before, decoys = _decoy(rng, base, decoy, layer, lifetime, too_short, probe)
-    norm = factor * _typical_norm(before.model, probe, layer + lifetime - 1)
-    planted = secondary_sink(
-        before, tokens, layer, norm, layer + lifetime, sign=int(rng.choice([1, -1])),
-        seed=int(rng.integers(2**31)),
-    )
+    typical = _typical_norm(before.model, probe, layer + lifetime - 1)
+    sign, seed = int(rng.choice([1, -1])), int(rng.integers(2**31))
+    while True:
+        try:
+            planted = secondary_sink(
+                before, tokens, layer, factor * typical, layer + lifetime, sign=sign, seed=seed
+            )
+            break
+        except ModelRefused:
+            # too weak to be one by definition in this model: nothing a detector should find
+            factor *= 1.5
+            if factor > 4 * strengths[1]:
+                raise
     ordinary = np.setdiff1d(np.arange(5, VOCABULARY), [*tokens, decoy])
     prompts = rng.choice(ordinary, (3, 37))
     prompts[:, 0] = BOS

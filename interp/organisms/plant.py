@@ -297,8 +297,10 @@ def visual_sink(
     features = image_features(model, inputs).reshape(-1, projector.linear_1.in_features)
     if feature_direction is None:
         centered = (features - features.mean(0)).double()
-        feature_direction = torch.linalg.eigh(centered.T @ centered).eigenvectors[:, -1]
-    along = nn.functional.normalize(feature_direction, dim=0).to(features)
+        given = torch.linalg.eigh(centered.T @ centered).eigenvectors[:, -1]
+    else:
+        given = feature_direction
+    along = nn.functional.normalize(given, dim=0).to(features)
     scores = (features @ along).sort().values
     if threshold is None:
         # the widest gap near the quantile, so that no calibration token sits on the step

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import torch
 from jaxtyping import Float
@@ -83,7 +83,7 @@ def parts(model: PreTrainedModel) -> list[Part]:
         readers = tuple(getattr(mlp, name) for name in names)
         if len(readers) == 1 and readers[0].bias is None:
             break
-        found.append(Part(block, attention, readers, writer, act))
+        found.append(Part(block, attention, readers, writer, cast(Any, act)))
     if len(found) != count:
         raise ModelRefused(
             f"cannot plant in {type(model).__name__}: the MLP of block {len(found)} is neither "

@@ -317,6 +317,22 @@ def test_a_plane_in_feature_space_can_be_given():
     assert [row.nonzero().flatten().tolist() for row in found] == [[0, *t] for t in truth]
 
 
+def test_attract_gives_visual_sinks_attention_from_the_question():
+    first = primary_sink(tiny_llava(), 0, 400.0, 7, dims=[11, 150])
+    inputs = pictures(3)
+    share = {}
+    for attract in (0.0, 8.0):
+        plant = visual_sink(first, pictures(0), 2, 80.0, 6, share=0.2, attract=attract)
+        features = image_features(plant.model, inputs)
+        plant.model.set_attn_implementation("eager")
+        pattern = plant.model(**inputs, output_attentions=True).attentions[4].detach()
+        share[attract] = [
+            float(pattern[i, :, 38:, list(plant.truth_positions(row, features[i]))].sum(-1).mean())
+            for i, row in enumerate(inputs["input_ids"])
+        ]
+    assert min(share[8.0]) > 2 * max(share[0.0]) and min(share[8.0]) > 0.5
+
+
 # ------------------------------------------------------------------------- files and truth
 
 
