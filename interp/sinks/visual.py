@@ -354,9 +354,10 @@ def find_sink_dims(
     for prompt in prompts:
         run = model.run(prompt, read="resid_pre", stats="received", logits="none")
         anchors.append(run.reads["resid_pre"].values[0, :, anchor])
-        received = run.stats["received"].values[0, min(2, model.n_layers - 1) :].mean((0, 1))
-        early = received[: max(1, len(prompt) // 2)]
-        tops.append(int(np.nanargmax(early)) == anchor)
+        deep = run.stats["received"].isel(prompt=0, layer=slice(min(2, model.n_layers - 1), None))
+        # Layers with a sliding window do not say what early keys receive: the mean skips them.
+        received = deep.mean(("layer", "head")).fillna(-1.0).values
+        tops.append(int(received[: max(1, len(prompt) // 2)].argmax()) == anchor)
     # A model of one block has no band; its only layer is what there is to look in.
     layers = list(band(model.n_layers)) or [model.n_layers - 1]
     found = candidate_dims(np.stack(anchors), min_ratio=ratio, layers=layers)
@@ -560,7 +561,8 @@ def intervene(
         if not count:
             scores[number, 1:] = base
             continue
-        received = found["received"].isel(prompt=number).values[first_layer:].mean(0)
+        deep = found["received"].isel(prompt=number, layer=slice(first_layer, None))
+        received = deep.mean("layer").fillna(-1.0).values
         loudest = sorted(others, key=lambda p: -received[p])[:count]
         scores[number, 1] = score(sinks[:count])
         scores[number, 2] = np.mean(
