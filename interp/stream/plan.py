@@ -11,8 +11,8 @@ from interp.core.errors import NumericalError
 KEEP_BYTES = 1 << 28
 """Exponentials of a block of rows up to this size are kept between the two sweeps."""
 
-TILE_SIZE = {"cpu": 1 << 19, "other": 1 << 25}
-"""Probabilities in a tile: few enough for a CPU's cache, enough to hide the cost of a call."""
+TILE_SIZE = {"cpu": 1 << 20, "other": 1 << 25}
+"""Probabilities in a tile: enough to hide the cost of a call, few enough for a cache."""
 
 
 def indices(positions: Sequence[int]) -> Any:
@@ -89,7 +89,7 @@ class Plan:
         group, n_keys = self.heads // self.kv_heads, len(self.keys)
         size = TILE_SIZE["cpu" if self.device.type == "cpu" else "other"]
         if tile is None:
-            self.width = min(2048 if self.device.type == "cpu" else 1 << 14, n_keys)
+            self.width = min(1024 if self.device.type == "cpu" else 1 << 14, n_keys)
             self.rows = min(128, self.n_queries)
             while self.rows > 32 and group * self.rows * self.width > size:
                 self.rows //= 2
@@ -102,8 +102,9 @@ class Plan:
         pairs = max(1, size // (group * self.rows * self.width))
         self.kv_step = min(self.kv_heads, pairs)
         self.batch_step = max(1, min(self.batch, pairs // self.kv_heads))
-        kept = self.batch_step * self.kv_step * group * self.rows * n_keys * self.dtype.itemsize
-        self.keep = kept <= keep_bytes
+        rows = self.batch_step * self.kv_step * group * self.rows
+        self.tile_size = rows * self.width
+        self.keep = rows * n_keys * self.dtype.itemsize <= keep_bytes
 
     def blocks(self) -> Iterator[slice]:
         """Blocks of rows, as slices of the query axis."""

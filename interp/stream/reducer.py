@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from interp.stream.tiles import Tile
+from interp.stream.tile import Tile
 
 Positions = Union[slice, range, Sequence[int], np.ndarray, Tensor]
 """A set of positions: indices, a range, or a slice (an open one goes to the last position)."""
@@ -117,9 +117,9 @@ class Reducer:
         if not tile.announced:
             known = tile.last_query < len(self._seen) and self._seen[tile.rows].all()
             if not known:
-                batch, heads = tile.probabilities.shape[:2]
+                batch, heads = tile.weights.shape[:2]
                 self.register(batch, heads, _positions(tile.rows), tile.columns.stop,
-                              tile.probabilities.device)
+                              tile.weights.device)
             elif tile.columns.stop > self._n_keys:
                 self._reserve(0, tile.columns.stop)
         if tile.visible is None or tile.partial.indices(tile.width) != (0, tile.width, 1):

@@ -5,169 +5,17 @@ Measure   each class says; row sums, denominators and NaN follow the conventions
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Optional
 
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float
 from torch import Tensor
 
+from interp.stream.received import Received, ValueWeighted
 from interp.stream.reducer import Positions, Reducer, Where
-from interp.stream.tiles import Tile
-
-CHUNK = 64
-"""Keys of which the highest is found together, before they are looked at one by one."""
-
-MIN_VISIBLE = 0.5
-"""A key that fewer of its possible queries can see has no received mass (sliding windows)."""
-
-
-class Received(Reducer):
-    """Mean attention that each key receives from the queries that can see it: alpha [head, key].
-
-    Example:
-        >>> rows = torch.tensor([[[[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.6, 0.2, 0.2]]]])
-        >>> seen = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
-        >>> reducer = Received()
-        >>> reducer.add(Tile(rows, torch.arange(3), torch.arange(3), seen))
-        >>> reducer.finish().values.round(2)
-        array([[0.7 , 0.35, 0.2 ]], dtype=float32)
-
-    Args:
-        queries: "self" averages over all queries that can see the key, itself included (under a
-            causal mask t >= k, as in the paper); "later" leaves out the query at the key itself.
-        subset: only these query positions count.
-        normalize: divide each row by its sum, for models with learned sink logits. Report both.
-
-    NaN where no query, or fewer than half of the queries from the key on, can see the key (sliding
-    windows). Late keys average few queries: for sinks read the first half only.
-
-    Source: arXiv:2410.10781, alpha_k^{l,h}.
-    """
-
-    name = "received"
-    axes = {"received": ("key",), "count": ("key",)}
-
-    def __init__(
-        self, queries: str = "self", subset: Optional[Positions] = None, normalize: bool = False
-    ) -> None:
-        if queries not in ("self", "later"):
-            raise ValueError(f"queries must be 'self' or 'later', not {queries!r}.")
-        self.queries, self.normalize = queries, normalize
-        self.subset = None if subset is None else Where(subset, "subset")
-        super().__init__()
-
-    def dtype(self, entry: str) -> torch.dtype:
-        return torch.int64 if entry == "count" else torch.float64
-
-    def _add(self, tile: Tile) -> None:
-        p, columns = tile.probabilities, tile.columns
-        chosen = None if self.subset is None else self.subset.among(tile.query_positions)
-        weights = None
-        if self.normalize:
-            total = tile.mass if tile.row_sum is None else tile.row_sum
-            weights = total.reciprocal().masked_fill(total == 0, 0.0)
-        if chosen is not None:
-            weights = chosen.to(p.dtype).expand(p.shape[:3]) * (1 if weights is None else weights)
-        if weights is None:
-            received = p.sum(-2)
-        else:
-            received = torch.matmul(weights[:, :, None], p)[:, :, 0]
-        own = None
-        if self.queries == "later" and tile.first_query < columns.stop \
-                and tile.last_query >= columns.start:
-            own = tile.query_positions[:, None] == tile.key_positions
-            row, column = own.nonzero(as_tuple=True)
-            mine = p[:, :, row, column]
-            received[:, :, column] -= mine if weights is None else mine * weights[:, :, row]
-        where = (tile.sequences, tile.heads, columns)
-        self._state["received"][where].add_(self._weighted(received, tile))
-        self._count(tile, chosen, own)
-
-    def _count(self, tile: Tile, chosen: Optional[Tensor], own: Optional[Tensor]) -> None:
-        """Add the number of queries in this tile that can see each key, and count."""
-        sequences, heads, columns = tile.sequences, tile.heads, tile.columns
-        seen = tile.visible
-        # What is the same for all heads (or sequences) is counted once, with the first of them.
-        if seen is None or seen.shape[1] == 1:
-            if heads.start:
-                return
-            heads = slice(None)
-        if seen is None or seen.shape[0] == 1:
-            if sequences.start:
-                return
-            sequences = slice(None)
-        here = self._state["count"][sequences, heads, columns]
-        here += len(tile.query_positions) if chosen is None else chosen.sum()
-        if seen is not None:
-            hidden = ~seen[..., tile.partial]
-            hidden = hidden if chosen is None else hidden & chosen[:, None]
-            here[..., tile.partial] -= hidden.sum(-2)
-        if own is not None:
-            gone = own if chosen is None else own & chosen[:, None]
-            here -= (gone if seen is None else gone & seen).sum(-2)
-
-    def _weighted(self, received: Tensor, tile: Tile) -> Tensor:
-        return received
-
-    def _finish(self) -> xr.DataArray:
-        n = self._n_keys
-        received, count = (self._state[k][:, :, :n].cpu().numpy() for k in ("received", "count"))
-        queries = self._queries()
-        if self.subset is not None:
-            queries = queries[self.subset.among(torch.as_tensor(queries)).numpy()]
-        side = "left" if self.queries == "self" else "right"
-        possible = len(queries) - np.searchsorted(queries, np.arange(n), side)
-        enough = (count > 0) & (count >= MIN_VISIBLE * possible)
-        alpha = np.where(enough, received / np.maximum(count, 1), np.nan).astype(np.float32)
-        array = self._labelled(alpha, "key")
-        array.attrs.update(queries=self.queries, normalize=int(self.normalize))
-        return array
-
-
-class ValueWeighted(Received):
-    """Mean norm of what each key adds to the queries that see it: alpha times ||v|| [head, key].
-
-    Example:
-        >>> rows = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])
-        >>> seen = torch.ones(1, 1, 2, 2, dtype=torch.bool).tril()
-        >>> value = torch.tensor([[[[0.0, 0.0], [3.0, 4.0]]]])
-        >>> reducer = ValueWeighted()
-        >>> reducer.add(Tile(rows, torch.arange(2), torch.arange(2), seen, value))
-        >>> reducer.finish().values
-        array([[0. , 2.5]], dtype=float32)
-
-    Args:
-        project: what a value becomes before its norm is taken, [batch, head, key, d_head] ->
-            [batch, head, key, d_model], for example by each head's part of W_O. None: itself.
-        queries, subset, normalize: as in `Received`.
-
-    Raises:
-        ValueError: the tiles come without value vectors.
-
-    Source: arXiv:2004.10102, ||alpha_ij f(x_j)||.
-    """
-
-    name = "value_weighted"
-
-    def __init__(
-        self,
-        project: Optional[Callable[[Float[Tensor, "batch head key d_head"]], Tensor]] = None,
-        queries: str = "self", subset: Optional[Positions] = None, normalize: bool = False,
-    ) -> None:
-        self.project = project
-        super().__init__(queries, subset, normalize)
-
-    def _weighted(self, received: Tensor, tile: Tile) -> Tensor:
-        if tile.value is None:
-            raise ValueError("the statistic 'value_weighted' needs the value vectors: give value.")
-        value = tile.value.to(received.dtype)
-        group = received.shape[1] // value.shape[1]
-        if self.project is None:
-            return received * value.norm(dim=-1).repeat_interleave(group, 1)
-        return received * self.project(value.repeat_interleave(group, 1)).norm(dim=-1)
+from interp.stream.tile import Tile
 
 
 class Entropy(Reducer):
@@ -251,18 +99,20 @@ class Distance(Reducer):
         super().__init__()
 
     def _add(self, tile: Tile) -> None:
-        p, first = tile.probabilities, tile.columns.start
+        w, first = tile.weights, tile.columns.start
         key = tile.key_positions - tile.first_query
         late = tile.query_positions - tile.first_query
         # With t0 the first query, t - s = (t - t0) + (t0 - s): for keys s <= t0 two sums that
         # cannot cancel, of which the second is a product with a vector.
-        behind = min(max(tile.first_query + 1 - first, 0), p.shape[-1])
-        distance = torch.zeros_like(p[..., 0])
+        behind = min(max(tile.first_query + 1 - first, 0), tile.width)
+        distance = torch.zeros_like(w[..., 0])
         if behind:
-            mass = tile.mass if behind == p.shape[-1] else p[..., :behind].sum(-1)
-            distance = late * mass - torch.matmul(p[..., :behind], key[:behind].to(p.dtype))
-        if behind < p.shape[-1]:
-            distance += (p[..., behind:] * (late[:, None] - key[behind:]).abs()).sum(-1)
+            whole = behind == tile.width and tile.scale is None
+            mass = tile.mass if whole else w[..., :behind].sum(-1)
+            distance = late * mass - torch.matmul(w[..., :behind], key[:behind].to(w.dtype))
+        if behind < tile.width:
+            distance += (w[..., behind:] * (late[:, None] - key[behind:]).abs()).sum(-1)
+        distance = tile.scaled(distance)
         self._increase("distance", tile, distance)
         if self.normalize:
             self._increase("mass", tile, tile.mass)
@@ -314,10 +164,10 @@ class SegmentMass(Reducer):
             columns = segment.within(tile.columns)
             if isinstance(columns, slice):
                 if columns.start < columns.stop:
-                    mass[..., number] += tile.probabilities[..., columns].sum(-1)
+                    mass[..., number] += tile.scaled(tile.weights[..., columns].sum(-1))
             elif columns:
-                index = torch.tensor(columns, device=tile.probabilities.device)
-                mass[..., number] += tile.probabilities.index_select(-1, index).sum(-1)
+                index = torch.tensor(columns, device=tile.weights.device)
+                mass[..., number] += tile.scaled(tile.weights.index_select(-1, index).sum(-1))
         if not isinstance(tile.rows, slice):
             self._state["mass"][where] = mass
 
@@ -380,12 +230,12 @@ class Offsets(Reducer):
         there = (column >= 0) & (column < last - first)
         if self.subset is not None:
             there &= self.subset.among(tile.query_positions)[:, None]
-        shape = tile.probabilities.shape
+        shape = tile.weights.shape
         column = column.clamp(0, last - first - 1).expand(*shape[:2], -1, -1)
         there = there.expand_as(column)
         if tile.visible is not None:
             there = there & tile.visible.expand(shape).gather(-1, column)
-        mass = tile.probabilities.gather(-1, column) * there
+        mass = tile.scaled(tile.weights.gather(-1, column) * there)
         if self.per_query:
             self._increase("mass", tile, mass)
             self._increase("count", tile, there)
@@ -432,63 +282,41 @@ class TopKeys(Reducer):
         return torch.int64
 
     def _add(self, tile: Tile) -> None:
-        p = tile.probabilities.flatten(0, 2)
+        w, key = tile.weights.flatten(0, 2), tile.key_positions
         before = self._state["top"][self._rows(tile)].reshape(-1, self.k)
-        width, chunks = p.shape[1], p.shape[1] // CHUNK
-        tops = None
-        if chunks > 2 * self.k:
-            # The k best keys are in the k chunks with the highest maxima (ties: first chunks).
-            tops = p[:, : chunks * CHUNK].unflatten(1, (chunks, CHUNK)).amax(-1)
-            highest = tops.amax(-1)
-            if chunks * CHUNK < width:
-                highest = torch.maximum(highest, p[:, chunks * CHUNK :].amax(-1))
+        scale = None if tile.scale is None else tile.scale.reshape(-1, 1)
+        if self.k == 1:
+            best, index = w.max(-1, True)  # the first of equals
+            unclear = torch.zeros_like(before[:, 0], dtype=torch.bool)
         else:
-            highest = p.amax(-1)
-        # Rows that find nothing better in this tile are done.
-        rows = (highest.float() >= _probability(before[:, -1])).nonzero()[:, 0]
-        if not len(rows):
-            return
-        every = len(rows) == len(before)
-        old = before if every else before[rows]
-        if tops is None:
-            found = self._best(old, p if every else p[rows], tile.key_positions)
-        else:
-            column = self._columns(tops if every else tops[rows], chunks, width)
-            value = p.reshape(-1).take(rows[:, None] * width + column)
-            found = self._best(old, value, column + tile.columns.start)
+            # One more than asked for shows where equals compete for the last place.
+            best, index = w.topk(min(self.k + 1, w.shape[1]), -1)
+            unclear = best[:, self.k - 1 : self.k].eq(best[:, self.k :]).any(-1)
+            best, index = best[:, : self.k], index[:, : self.k]
+        found = self._better(before, best, scale, key[index])
         if tile.visible is not None:
             # A hidden key has probability zero; a visible one may have, too.
-            unclear = ((found > 0) & (_probability(found) == 0)).any(-1).nonzero()[:, 0]
-            if len(unclear):
-                which = rows[unclear]
-                visible = tile.visible.expand(tile.probabilities.shape).reshape(-1, width)[which]
-                found[unclear] = self._best(old[unclear], p[which], tile.key_positions, visible)
-        after = found if every else before.index_copy(0, rows, found)
-        self._state["top"][self._rows(tile)] = after.view(*tile.probabilities.shape[:3], self.k)
+            unclear = unclear | ((found > 0) & (_probability(found) == 0)).any(-1)
+        rows = unclear.nonzero()[:, 0]
+        if len(rows):
+            visible = None
+            if tile.visible is not None:
+                visible = tile.visible.expand(tile.weights.shape).flatten(0, 2)[rows]
+            found[rows] = self._better(
+                before[rows], w[rows], None if scale is None else scale[rows], key, visible)
+        self._state["top"][self._rows(tile)] = found.view(*tile.weights.shape[:3], self.k)
 
-    def _columns(self, tops: Tensor, chunks: int, width: int) -> Tensor:
-        """Columns of the best chunks of each row, and those behind the last chunk."""
-        number = torch.arange(chunks, device=tops.device)
-        packed = _pack(tops, number).topk(self.k, -1).values if self.k > 1 else None
-        chunk = tops.max(-1, True).indices if packed is None else _LAST - (packed & _LAST)
-        inside = torch.arange(CHUNK, device=tops.device)
-        columns = (chunk[:, :, None] * CHUNK + inside).flatten(1)
-        if chunks * CHUNK == width:
-            return columns
-        tail = torch.arange(chunks * CHUNK, width, device=tops.device)
-        return torch.cat([columns, tail.expand(len(columns), -1)], -1)
-
-    def _best(
-        self, old: Tensor, value: Tensor, key: Tensor, visible: Optional[Tensor] = None
+    def _better(
+        self, before: Tensor, weight: Tensor, scale: Optional[Tensor], key: Tensor,
+        visible: Optional[Tensor] = None,
     ) -> Tensor:
         """The k best of those already found and these, packed."""
-        packed = _pack(value, key)
+        packed = _pack(weight if scale is None else weight * scale, key)
         if visible is not None:
             packed = packed.masked_fill(~visible, 0)
         if self.k == 1:
-            return torch.maximum(old, packed.amax(-1, True))
-        packed = torch.cat([old, packed], -1)
-        return packed.topk(self.k, -1).values
+            return torch.maximum(before, packed.amax(-1, True))
+        return torch.cat([before, packed], -1).topk(self.k, -1).values
 
     def _finish(self) -> xr.DataArray:
         top = self._state["top"][:, :, self._queries()].cpu()

@@ -10,7 +10,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from interp.stream import dense, plan
+from interp.stream import dense, plan, sweep
 from interp.stream.masks import (
     Mask,
     bidirectional,
@@ -230,11 +230,11 @@ def assert_same_top(
 
 @settings(**LAW, max_examples=100)
 @given(case=cases(), rows=st.integers(1, 24), width=st.integers(1, 33), keep=st.booleans(),
-       together=st.sampled_from([1, 300, 1 << 19]))
-def test_any_tile_size_gives_the_dense_statistics(case, rows, width, keep, together):
+       together=st.sampled_from([1, 300, 1 << 20]), piece=st.sampled_from([1, 100, 1 << 17]))
+def test_any_tile_size_gives_the_dense_statistics(case, rows, width, keep, together, piece):
     """Tiles of rows x width, of as many heads and sequences as fit into `together` numbers."""
     reducers = every_reducer()
-    with patch.dict(plan.TILE_SIZE, cpu=together):
+    with patch.dict(plan.TILE_SIZE, cpu=together), patch.object(sweep, "PIECE", piece):
         done = case.stream(list(reducers.values()), tile=(rows, width), want_output=True,
                            keep_bytes=1 << 20 if keep else 0)
     assert_equal(reducers, case)
@@ -265,15 +265,15 @@ def test_the_order_of_tiles_does_not_matter(case, data):
         reducer.register(case.p.shape[0], case.p.shape[1], case.t.tolist(), int(case.s[-1]) + 1)
     step = data.draw(st.integers(1, 7))
     total = case.p.sum(-1)
-    tiles = []
+    made = []
     for rows in torch.arange(len(case.t)).split(data.draw(st.integers(1, 9))):
         for number, columns in enumerate(torch.arange(len(case.s)).split(step)):
-            tiles.append(Tile(
+            made.append(Tile(
                 case.p[:, :, rows][..., columns], case.t[rows], case.s[columns],
                 case.visible[(None,) * (4 - case.visible.ndim)][:, :, rows][..., columns],
                 case.value[:, :, columns], row_sum=total[:, :, rows], first=number == 0,
             ))
-    for tile in data.draw(st.permutations(tiles)):
+    for tile in data.draw(st.permutations(made)):
         for reducer in reducers.values():
             reducer.add(tile)
     assert_equal(reducers, case)
@@ -306,12 +306,14 @@ def test_sequences_split_over_reducers_and_merged_equal_one_batch(case, cut):
     parts = []
     for rows in (slice(0, cut), slice(cut, batch)):
         def visible(query, key, rows=rows):
-            seen = case.mask.visible(query, key)
-            return seen[rows] if seen.ndim == 4 and seen.shape[0] > 1 else seen
+            return case.mask.visible(query, key)[rows]
+
+        mask = case.mask
+        if case.visible.ndim == 4 and case.visible.shape[0] > 1:
+            mask = Mask(visible)
         parts.append(every_reducer())
-        stream(case.query[rows], case.key[rows], case.value[rows],
-               reducers=list(parts[-1].values()), mask=Mask(visible, bias=case.mask.bias),
-               **case.given)
+        stream(case.query[rows], case.key[rows], case.value[rows], mask=mask,
+               reducers=list(parts[-1].values()), **case.given)
     assert_equal({k: r.merge(parts[1][k], axis="batch") for k, r in parts[0].items()}, case)
 
 

@@ -198,24 +198,32 @@ def test_top_keys_prefer_the_earlier_of_equals_in_any_order_of_tiles():
     p = torch.zeros(1, 1, 1, 300)
     p[..., [7, 90, 150, 299]] = 0.2
     p[..., 200] = 0.1
-    wide = {}
-    for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
-        reducer = TopKeys(3)
-        for number in order:
-            columns = slice(100 * number, 100 * number + 100)
-            reducer.add(Tile(p[..., columns], torch.tensor([299]), torch.arange(300)[columns],
-                             first=number == 0))
-        wide[tuple(order)] = reducer.finish().sel(quantity="key").values.ravel().tolist()
-    assert set(map(tuple, wide.values())) == {(7.0, 90.0, 150.0)}
-    whole = TopKeys(3)
-    whole.add(Tile(p, torch.tensor([299]), torch.arange(300)))
-    assert whole.finish().sel(quantity="key").values.ravel().tolist() == [7.0, 90.0, 150.0]
+    for k in (1, 2, 3, 4):
+        for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0], None):
+            reducer = TopKeys(k)
+            if order is None:
+                reducer.add(Tile(p, torch.tensor([299]), torch.arange(300)))
+            for number in order or ():
+                columns = slice(100 * number, 100 * number + 100)
+                reducer.add(Tile(p[..., columns], torch.tensor([299]), torch.arange(300)[columns]))
+            found = reducer.finish().sel(quantity="key").values.ravel().tolist()
+            assert found == [7.0, 90.0, 150.0, 299.0][:k]
+
+
+@pytest.mark.parametrize("best", [3, 64, 130, 199])
+def test_a_better_key_is_found_anywhere_in_a_later_tile(best):
+    p = torch.zeros(1, 1, 1, 200)
+    p[..., best] = 0.5
+    reducer = TopKeys(1)
+    reducer.add(Tile(torch.full((1, 1, 1, 4), 0.1), torch.tensor([299]), torch.arange(4)))
+    reducer.add(Tile(p, torch.tensor([299]), torch.arange(4, 204)))
+    assert reducer.finish().values.ravel().tolist() == [0.5, best + 4]
 
 
 @pytest.mark.parametrize("k", [1, 3, 40])
 @pytest.mark.parametrize("width", [63, 64, 200, 517])
 def test_top_keys_of_wide_tiles(k, width):
-    """Wide tiles are searched by chunks; values repeat often, zeros and hidden keys abound."""
+    """Values repeat often, zeros and hidden keys abound."""
     generator = torch.Generator().manual_seed(width + k)
     p = torch.randint(0, 6, (2, 3, 11, width), generator=generator).float() / 8
     visible = torch.rand(2, 1, 11, width, generator=generator) < 0.6

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from interp.core.errors import NumericalError
-from interp.stream import dense
+from interp.stream import dense, sweep
 from interp.stream.masks import Mask, bidirectional, causal, from_tensor, padding, sliding_window
 from interp.stream.reducers import (
     Entropy,
@@ -203,7 +203,9 @@ def test_grouped_heads_read_their_own_keys():
     np.testing.assert_allclose(three.finish(), one.finish(), rtol=1e-5)
 
 
-def test_tensors_in_any_memory_layout():
+@pytest.mark.parametrize("piece", [1, 1 << 17])
+def test_tensors_in_any_memory_layout(monkeypatch, piece):
+    monkeypatch.setattr(sweep, "PIECE", piece)
     query, key, value = random(batch=2)
     swapped = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)]
     one, two = Received(), Received()
