@@ -72,8 +72,10 @@ def prompts_for(model: Model, settings: Settings) -> tuple[Prompt, ...]:
         return tuple(Prompt(p.ids[:longest], tokens=p.tokens[:longest]) for p in made)
     # Without a tokenizer every text is as good as random tokens.
     rng, length = settings.rng(8), min(longest, settings.pick(128, tiny=48))
-    tokens = rng.integers(0, model.d_vocab, (20 if not settings.tiny else 8, length))
     first = getattr(model.config.get_text_config(), "bos_token_id", None)
+    # The token of the start occurs at the start only, as in every text.
+    others = [token for token in range(model.d_vocab) if token != first]
+    tokens = rng.choice(others, (20 if not settings.tiny else 12, length))
     if first is not None:
         tokens[:, 0] = first
     return tuple(Prompt.from_tokens(row) for row in tokens)

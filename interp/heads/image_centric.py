@@ -172,7 +172,9 @@ def measure(
     reads = xr.DataArray(later, dims=("prompt", "query"))
     on_image = mass.sel(segment="image", drop=True).where(reads)
     share = mass.sel(segment="content", drop=True).where(reads) / on_image.where(on_image > 0)
-    selected = (on_image >= float(min_image_mass)) & (share >= float(min_nonsink_share))
+    # As in `select`, a row with nothing on the image has a share of zero.
+    looked = share.fillna(0.0) >= float(min_nonsink_share)
+    selected = (on_image >= float(min_image_mass)) & looked & reads
     data = xr.Dataset({"image_mass": on_image, "nonsink_share": share, "selected": selected})
     chosen = selected.where(reads)
     data["rate"] = chosen.mean(("prompt", "query"))

@@ -201,7 +201,7 @@ def measure(
 
 
 def directions_of(
-    model: Model, formed: Result, rows: Optional[Sequence[SupportsIndex]] = None,
+    model: Model, formed: Result, rows: Optional[Sequence[SupportsIndex] | np.ndarray] = None,
     n_sweep: SupportsIndex = 6,
 ) -> MlpDirections:
     """The principal directions of what `measure` read, fed through the MLP that creates the sinks.

@@ -1,1 +1,1 @@
-"""Exact attention statistics tile by tile, and statistics of residual states; torch only."""
+"""Exact statistics of attention, tile by tile, and of residual states; plain torch, no model."""

@@ -1,5 +1,6 @@
 """Operations on whole attention rows: choose rows by their image mass, move mass inside a row."""
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -56,5 +57,7 @@ def move_mass(
     moved = fraction * attention[..., sinks].sum(-1, keepdim=True)
     base = attention[..., destination].sum(-1, keepdim=True)
     rows = rows[..., None] & (base > 0)
-    scale = 1.0 + (~sinks & destination) * (moved / base.clamp_min(1e-12)) - sinks * fraction
+    gain = 1.0 + moved / base.clamp_min(1e-12)
+    scale = gain.where(~sinks & destination, torch.ones_like(gain))
+    scale = scale.masked_fill(sinks, 1.0 - fraction)
     return attention * scale.where(rows, scale.new_ones(()))

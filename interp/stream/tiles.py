@@ -110,16 +110,16 @@ def stream(
     plan = Plan(query, key, value, query_offset, query_positions, key_offset, tile, keep_bytes)
     if want_output and value is None:
         raise ValueError("want_output=True needs the value vectors: give value.")
-    rule = causal() if mask is None else as_mask(mask)
-    sweep = Sweep(plan, rule, scaling, softcap, sink_logits)
-    sweep.entropy = any(getattr(reducer, "wants_row_entropy", False) for reducer in reducers)
-    for reducer in reducers:
-        reducer.register(plan.batch, plan.heads, plan.positions, plan.keys.stop, plan.device)
     if lse is not None and lse.shape != query.shape[:3]:
         raise ValueError(
             f"lse has shape {tuple(lse.shape)}; expected [batch, head, query] = "
             f"{tuple(query.shape[:3])}."
         )
+    rule = causal() if mask is None else as_mask(mask)
+    sweep = Sweep(plan, rule, scaling, softcap, sink_logits)
+    sweep.entropy = any(getattr(reducer, "wants_row_entropy", False) for reducer in reducers)
+    for reducer in reducers:
+        reducer.register(plan.batch, plan.heads, plan.positions, plan.keys.stop, plan.device)
     output = None
     if want_output:
         output = query.new_zeros((*query.shape[:3], value.shape[-1]))  # type: ignore[union-attr]
