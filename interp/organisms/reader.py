@@ -229,7 +229,9 @@ def sample(
     return tokens, weights
 
 
-def needle(length: int, depth: float | int, rng: np.random.Generator, *, distractors: int = 2) -> ReaderPrompt:
+def needle(
+    length: int, depth: float | int, rng: np.random.Generator, *, distractors: int = 2
+) -> ReaderPrompt:
     """A fact at a relative depth in prose, with other facts around it, and the question at the end.
 
     Example:
