@@ -19,6 +19,7 @@ from interp.core import (
     UndertowError,
     ablate,
     block,
+    each,
     edit,
     patch,
     redistribute,
@@ -32,7 +33,8 @@ _LAZY = {"open_model": "interp.models.open", "Model": "interp.models.model",
 
 __all__ = [
     "Claim", "Head", "HeadScores", "Model", "Prompt", "Result", "Run", "Segment", "Site",
-    "UndertowError", "ablate", "block", "edit", "open_model", "patch", "redistribute", "scale",
+    "UndertowError", "ablate", "block", "each", "edit", "open_model", "patch", "redistribute",
+    "scale",
 ]
 
 

@@ -16,9 +16,11 @@ from interp.core.errors import (
 )
 from interp.core.head import Head
 from interp.core.intervention import (
+    Each,
     Intervention,
     ablate,
     block,
+    each,
     edit,
     patch,
     redistribute,
@@ -31,8 +33,9 @@ from interp.core.segment import Segment
 from interp.core.site import Site
 
 __all__ = [
-    "Claim", "ClaimError", "Head", "HeadScores", "Intervention", "ModelNotFound", "ModelRefused",
+    "Claim", "ClaimError", "Each", "Head", "HeadScores", "Intervention", "ModelNotFound",
+    "ModelRefused",
     "NumericalError", "OutOfRange", "ProcessorMissing", "Prompt", "PromptError", "Result",
     "ResultCorrupted", "Segment", "SegmentNotFound", "Site", "SiteRefused", "UndertowError",
-    "ablate", "block", "edit", "patch", "redistribute", "scale",
+    "ablate", "block", "each", "edit", "patch", "redistribute", "scale",
 ]

@@ -167,8 +167,15 @@ class Redistribute(Intervention):
     phase: Phase = "all"
 
 
+@dataclass(frozen=True)
+class Each:
+    """Other interventions for every prompt of a run; made by `each`."""
+
+    writes: tuple[tuple[Intervention, ...], ...]
+
+
 HOW = ("replace", "add", "multiply", "norm", "project_out")
-ABLATIONS = ("zero", "mean", "uniform")
+ABLATIONS = ("zero", "mean", "uniform", "resample")
 
 
 def ablate(
@@ -177,28 +184,51 @@ def ablate(
     phase: Phase = "all",
     value: Any = None,
 ) -> AblateHeads:
-    """Ablate heads: their output before the output projection becomes zero, a mean, or uniform.
+    """Ablate heads: replace their output before the output projection.
 
     Example:
         >>> ablate("L1H2")
         AblateHeads(heads=(L1H2,), by='zero', phase='all', value=None)
 
     Args:
-        by: "zero"; "mean" (give `value`, `[layer, head, d_head]` over all heads of the model);
-            "uniform" (equal attention to every visible key).
+        by: "zero"; "mean" (give `value`, `[layer, head, d_head]` over all heads of the model, see
+            `interp.causal.ablate.mean_output`); "resample" (give `value`, the heads' outputs "z"
+            of another prompt of equal length, `[layer, position, head, d_head]`); "uniform" (equal
+            attention to every visible key, what the released code of arXiv:2404.15574 does).
         phase: "all", "prefill", "decode" or "last".
 
     Raises:
-        ValueError: an unknown kind or phase, no heads, or "mean" without `value`.
+        ValueError: an unknown kind or phase, no heads, or a `value` that is missing or not used.
     """
     chosen = _heads(heads)
     if not chosen:
         raise ValueError("no heads to ablate: give at least one, like 'L1H2' or (1, 2).")
     if by not in ABLATIONS:
         raise ValueError(f"cannot ablate by {by!r}; choose one of: {', '.join(ABLATIONS)}.")
-    if (by == "mean") != (value is not None):
-        raise ValueError("ablation by 'mean' needs value=[layer, head, d_head], and only it does.")
+    if by == "mean" and value is None:
+        raise ValueError("ablation by 'mean' needs value=[layer, head, d_head].")
+    if by == "resample" and value is None:
+        raise ValueError(
+            "ablation by 'resample' needs value=[layer, position, head, d_head], the outputs 'z' of "
+            "another prompt."
+        )
+    if by in ("zero", "uniform") and value is not None:
+        raise ValueError(f"ablation by {by!r} takes no value; 'mean' and 'resample' do.")
     return AblateHeads(chosen, by, phase, None if value is None else Array(value))
+
+
+def each(
+    writes: Iterable[Union[Intervention, Iterable[Intervention]]]
+) -> Each:
+    """Other interventions for every prompt of one run, which is how sweeps are batched.
+
+    Example:
+        >>> each([ablate("L0H1"), [], [ablate("L1H0"), block("last", [0])]]).writes[1]
+        ()
+    """
+    return Each(tuple(
+        (one,) if isinstance(one, Intervention) else tuple(one) for one in writes
+    ))
 
 
 def scale(

@@ -97,7 +97,7 @@ class Edits:
         self._pattern: dict[int, list[Any]] = {}
         for one in write:
             if isinstance(one, (AblateHeads, ScaleHeads)):
-                self._add_heads(one)
+                self._add_heads(one, prompt)
             elif isinstance(one, BlockEdges):
                 queries, keys = Places(prompt, one.queries), Places(prompt, one.keys)
                 for layer, heads in self._layers(one.layers, one.heads):
@@ -121,21 +121,32 @@ class Edits:
             grouped.setdefault(head.layer, []).append(head.head)
         return list(grouped.items())
 
-    def _add_heads(self, one: Any) -> None:
+    def _add_heads(self, one: Any, prompt: Prompt) -> None:
         for layer, heads in self._layers(None, one.heads):
             if isinstance(one, AblateHeads) and one.by == "uniform":
                 self._pattern.setdefault(layer, []).append((one, heads))
                 continue
             value = None
             if isinstance(one, AblateHeads) and one.value is not None:
-                want = (self.shape.n_layers, self.shape.n_heads, self.shape.d_head)
-                if one.value.values.shape != want:
-                    raise ValueError(
-                        f"ablation by mean needs a value of shape {want} [layer, head, d_head], "
-                        f"not {one.value.values.shape}."
-                    )
-                value = torch.tensor(one.value.values[layer, heads])
+                value = self._head_value(one, layer, heads, prompt)
             self._heads.setdefault(layer, []).append((one, heads, value))
+
+    def _head_value(
+        self, one: AblateHeads, layer: int, heads: list[int], prompt: Prompt
+    ) -> Tensor:
+        """What replaces the output of heads: `[head, d_head]`, or `[position, head, d_head]`."""
+        shape, given = self.shape, one.value.values  # type: ignore[union-attr]
+        if one.by == "mean":
+            want: tuple[int, ...] = (shape.n_layers, shape.n_heads, shape.d_head)
+            axes = "[layer, head, d_head]"
+        else:
+            want = (shape.n_layers, len(prompt), shape.n_heads, shape.d_head)
+            axes = "[layer, position, head, d_head]"
+        if given.shape != want:
+            raise ValueError(
+                f"ablation by {one.by} needs a value of shape {want} {axes}, not {given.shape}."
+            )
+        return torch.tensor(given[layer][..., heads, :])
 
     def _add_redistribution(self, one: Redistribute, prompt: Prompt) -> None:
         by_layer = isinstance(one.sinks, tuple) and one.sinks[:1] == ("by layer",)
@@ -222,8 +233,16 @@ class Edits:
                     x[rows, columns] *= one.factor
                 elif value is None:
                     x[rows, columns] = 0.0
-                else:
+                elif value.ndim == 2:
                     x[rows, columns] = value.to(x)
+                else:
+                    places = now.positions(x.device)[rows[:, 0]]
+                    if len(places) and int(places[-1]) >= len(value):
+                        raise ValueError(
+                            "ablation by resample has no value for generated tokens; use "
+                            "phase='prefill', or 'mean'."
+                        )
+                    x[rows, columns] = value.to(x)[places]
         return x
 
     @staticmethod

@@ -159,21 +159,27 @@ class LaneHF:
         numbers: Sequence[int],
         new_tokens: int = 0,
         logits: str = "all",
+        decode_last: bool = False,
     ) -> tuple[list[Optional[Tensor]], list[list[int]]]:
         """One batch of prompts of equal length, then `new_tokens` greedy steps.
 
-        `numbers` says which prompts of the whole run these are.
+        `numbers` says which prompts of the whole run these are; `decode_last` feeds the last
+        token of the prompt alone.
         """
         ids = torch.tensor([prompt.ids for prompt in prompts], device=self.device)
         inputs = self._inputs(prompts)
         rows: list[list[Tensor]] = [[] for _ in prompts]
         made: list[list[int]] = [[] for _ in prompts]
         cache: Any = None
-        now = Pass(0, ids.shape[1])
+        held: Optional[Tensor] = None
+        if decode_last:
+            inputs = {k: v[:, :-1] if v.shape == ids.shape else v for k, v in inputs.items()}
+            ids, held = ids[:, :-1], ids[:, -1:]
+        now, caching = Pass(0, ids.shape[1]), new_tokens > 0 or decode_last
         with attend.implementation(self.configs), _no_earlier_picture(self.hf):
-            for step in range(new_tokens + 1):
+            for step in range(-int(decode_last), new_tokens + 1):
                 out = self._forward(ids, inputs, now, edits, reads, reducers,
-                                    residual_reducers, numbers, cache, new_tokens > 0, logits)
+                                    residual_reducers, numbers, cache, caching, logits)
                 scores = getattr(out, "logits", None)
                 if scores is None:
                     if new_tokens:
@@ -182,16 +188,18 @@ class LaneHF:
                             "generate; run it with new_tokens=0."
                         )
                     break
-                if logits != "none":
+                if logits == "all" or logits == "last" and step >= 0:
                     for row, one in zip(rows, scores):
                         row.append(one.detach().float().cpu())
                 if step == new_tokens:
                     break
                 cache = out.past_key_values
-                following = scores[:, -1].argmax(-1)
-                for one, token in zip(made, following.tolist()):
-                    one.append(token)
-                ids = following[:, None]
+                if step < 0 and held is not None:
+                    ids = held
+                else:
+                    ids = scores[:, -1:].argmax(-1)
+                    for one, token in zip(made, ids[:, 0].tolist()):
+                        one.append(token)
                 inputs = {}
                 now = Pass(now.start + now.length, 1, decoding=True)
         return [torch.cat(row) if row else None for row in rows], made

@@ -17,7 +17,7 @@ from interp.core.errors import (
     PromptError,
     SiteRefused,
 )
-from interp.core.intervention import Intervention
+from interp.core.intervention import Each, Intervention
 from interp.core.prompt import Prompt
 from interp.core.site import Site, check_layers
 from interp.models import prompting
@@ -255,12 +255,13 @@ class Model:
         self,
         prompts: Prompts,
         read: Union[str, Site, Sequence[Union[str, Site]]] = (),
-        write: Union[Intervention, Sequence[Intervention]] = (),
+        write: Union[Intervention, Sequence[Intervention], Each] = (),
         stats: Union[str, Any, Sequence[Any]] = (),
         new_tokens: int = 0,
         *,
         batch_size: int = 8,
         logits: str = "all",
+        decode_last: bool = False,
         progress: bool = False,
     ) -> Run:
         """Run prompts, changing what `write` says, and return what `read` and `stats` ask for.
@@ -277,10 +278,13 @@ class Model:
             prompts: one or many, `Prompt` or text. They are batched only with prompts of equal
                 length and never padded.
             read: sites, like "resid_post", "mlp_out.3" or `Site`; read after all writes.
-            write: interventions: `interp.ablate`, `block`, `scale`, `edit`, `patch`, ...
+            write: interventions: `interp.ablate`, `block`, `scale`, `edit`, `patch`, ...; or
+                `interp.each([...])`, other ones for every prompt.
             stats: names ("received", "entropy", ...) or configured reducers; never N x N.
             new_tokens: greedy tokens to generate after each prompt.
             logits: "all" rows, only the "last" row, or "none".
+            decode_last: whether the last token of the prompt is fed alone, as the first decoding
+                step: edits with phase="decode" then also act where the first new token is decided.
 
         Raises:
             PromptError, OutOfRange, SegmentNotFound, SiteRefused, NumericalError: before anything
@@ -288,7 +292,7 @@ class Model:
         """
         prompts = self._prompts(prompts, new_tokens)
         sites = [Site.parse(s) for s in ([read] if isinstance(read, (str, Site)) else read)]
-        write = (write,) if isinstance(write, Intervention) else tuple(write)
+        writes = self._writes(write, len(prompts))
         asked = [stats] if isinstance(stats, str) or not isinstance(stats, Iterable) else stats
         if logits not in ("all", "last", "none"):
             raise ValueError(f"logits must be 'all', 'last' or 'none', not {logits!r}.")
@@ -297,7 +301,9 @@ class Model:
         for site in sites:
             site.of(self.n_layers)
             self._check_site(site.name, "read")
-        edits = [Edits(prompt, write, self.shape) for prompt in prompts]
+        if decode_last and (self.kind != "decoder" or min(map(len, prompts)) < 2):
+            raise ValueError("decode_last=True needs a decoder and prompts of at least two tokens.")
+        edits = [Edits(prompt, one, self.shape) for prompt, one in zip(prompts, writes)]
         for name in sorted({name for one in edits for name in one.sites()}):
             self._check_site(name, "write")
 
@@ -309,13 +315,61 @@ class Model:
         for numbers in tqdm(batches, disable=not progress, desc=f"running {self.name}"):
             out, new = self._engine(self.lane).run(
                 [prompts[i] for i in numbers], [edits[i] for i in numbers], reads,
-                statistics.attention, statistics.residual, numbers, new_tokens, logits,
+                statistics.attention, statistics.residual, numbers, new_tokens, logits, decode_last,
             )
             for i, row, tokens in zip(numbers, out, new):
-                self._check_finite(row, prompts[i], write)
+                self._check_finite(row, prompts[i], writes[i])
                 rows[i], made[i] = row, tokens
         kept = [row for row in rows if row is not None]
         return Run(tuple(prompts), kept, reads.finish(), statistics.finish(), made)
+
+    def generate(
+        self,
+        prompts: Prompts,
+        new_tokens: int = 20,
+        write: Union[Intervention, Sequence[Intervention], Each] = (),
+        *,
+        batch_size: int = 8,
+        decode_last: bool = False,
+    ) -> list[list[int]]:
+        """Greedy continuations, with interventions; each ends before the end-of-text token.
+
+        Example:
+            >>> import interp
+            >>> model = interp.open_model("backcopy-1l")
+            >>> prompt = interp.Prompt.from_tokens(range(3, 12))
+            >>> len(model.generate(prompt, 4, write=interp.ablate("L0H0"))[0]) <= 4
+            True
+
+        `model.tokenizer.decode(...)` makes text of them. The arguments are those of `run`.
+        """
+        run = self.run(prompts, write=write, new_tokens=new_tokens, logits="last",
+                       batch_size=batch_size, decode_last=decode_last)
+        ends = self.end_tokens
+        cut = [next((i for i, token in enumerate(made) if token in ends), len(made))
+               for made in run.new_tokens]
+        return [made[:end] for made, end in zip(run.new_tokens, cut)]
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a text, from the generation settings, the config or the tokenizer."""
+        for owner in (getattr(self.hf, "generation_config", None), self.config.get_text_config(),
+                      self.tokenizer):
+            found = getattr(owner, "eos_token_id", None)
+            if found is not None:
+                return frozenset([found] if isinstance(found, int) else found)
+        return frozenset()
+
+    def _writes(self, write: Any, count: int) -> list[tuple[Intervention, ...]]:
+        """The interventions of every prompt."""
+        if not isinstance(write, Each):
+            same = (write,) if isinstance(write, Intervention) else tuple(write)
+            return [same] * count
+        if len(write.writes) != count:
+            raise ValueError(
+                f"each() holds interventions for {len(write.writes)} prompts, but {count} are run."
+            )
+        return list(write.writes)
 
     def _prompts(self, prompts: Prompts, new_tokens: int) -> list[Prompt]:
         given = [prompts] if isinstance(prompts, (str, Prompt)) else list(prompts)
