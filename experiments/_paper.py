@@ -1,7 +1,7 @@
 """What an experiment is: a `PAPER` that says what it reproduces, and a `run(settings, out)`.
 
 The four parts of the framework, in the order in which an experiment meets them: `Paper` and
-`Settings` here, `Output` in `_output.py`, `Estimate` in `_statistics.py`.
+`Settings` here, `Output` in `_output.py`, `Estimate` in `interp.core.statistics`.
 """
 
 import importlib

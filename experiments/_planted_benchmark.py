@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from experiments import _statistics as statistics
 from experiments._output import Output
 from experiments._paper import Paper, Settings
-from interp.core import Claim
+from interp.core import Claim, statistics
 from interp.figures.style import PAGE, canvas, color, note
 from interp.organisms.families import evaluate_secondary, secondary_family
 from interp.sinks import secondary

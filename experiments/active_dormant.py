@@ -14,11 +14,10 @@ import torch
 import xarray as xr
 
 import interp
-from experiments import _statistics as statistics
 from experiments._output import Output
 from experiments._paper import Paper, Settings
 from experiments._texts import code, knows, prose
-from interp.core import Claim, Prompt, Result
+from interp.core import Claim, Prompt, Result, statistics
 from interp.figures import heat, layer_curve
 from interp.figures.style import PAGE, canvas, color
 from interp.organisms import backcopy

@@ -13,12 +13,11 @@ import pandas as pd
 import xarray as xr
 
 from experiments import _sink_subjects as subjects
-from experiments import _statistics as statistics
 from experiments._output import Output
 from experiments._paper import Paper, Settings
 from experiments._planted_benchmark import benchmark
 from experiments._sink_subjects import Subject
-from interp.core import Claim, Result
+from interp.core import Claim, Result, statistics
 from interp.core.errors import ModelRefused, SiteRefused
 from interp.figures.style import PAGE, canvas, color, note
 from interp.sinks import levels as sink_levels

@@ -10,11 +10,10 @@ import numpy as np
 import xarray as xr
 
 import interp
-from experiments import _statistics as statistics
 from experiments import _texts as texts
 from experiments._output import Output
 from experiments._paper import Paper, Settings
-from interp.core import Claim, ModelNotFound, Prompt, Result
+from interp.core import Claim, ModelNotFound, Prompt, Result, statistics
 from interp.figures import heat, layer_curve
 from interp.figures.style import PAGE, canvas, color
 from interp.sinks import first_token

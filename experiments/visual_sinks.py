@@ -13,10 +13,9 @@ import torch
 import xarray as xr
 
 import interp
-from experiments import _statistics as statistics
 from experiments._output import Output
 from experiments._paper import Paper, Settings
-from interp.core import Claim, ModelNotFound, Prompt, Result
+from interp.core import Claim, ModelNotFound, Prompt, Result, statistics
 from interp.figures import image_overlay
 from interp.figures.style import PAGE, canvas, color
 from interp.heads import image_centric

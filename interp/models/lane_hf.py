@@ -160,11 +160,12 @@ class LaneHF:
         new_tokens: int = 0,
         logits: str = "all",
         decode_last: bool = False,
+        forced: Optional[Sequence[Sequence[int]]] = None,
     ) -> tuple[list[Optional[Tensor]], list[list[int]]]:
         """One batch of prompts of equal length, then `new_tokens` greedy steps.
 
         `numbers` says which prompts of the whole run these are; `decode_last` feeds the last
-        token of the prompt alone.
+        token of the prompt alone; `forced` are tokens to feed in place of the greedy ones.
         """
         ids = torch.tensor([prompt.ids for prompt in prompts], device=self.device)
         inputs = self._inputs(prompts)
@@ -198,6 +199,8 @@ class LaneHF:
                     ids = held
                 else:
                     ids = scores[:, -1:].argmax(-1)
+                    if forced is not None:
+                        ids = ids.new_tensor([[row[step]] for row in forced])
                     for one, token in zip(made, ids[:, 0].tolist()):
                         one.append(token)
                 inputs = {}

@@ -257,7 +257,7 @@ class Model:
         read: Union[str, Site, Sequence[Union[str, Site]]] = (),
         write: Union[Intervention, Sequence[Intervention], Each] = (),
         stats: Union[str, Any, Sequence[Any]] = (),
-        new_tokens: int = 0,
+        new_tokens: Union[int, Sequence[Sequence[int]]] = 0,
         *,
         batch_size: int = 8,
         logits: str = "all",
@@ -281,7 +281,8 @@ class Model:
             write: interventions: `interp.ablate`, `block`, `scale`, `edit`, `patch`, ...; or
                 `interp.each([...])`, other ones for every prompt.
             stats: names ("received", "entropy", ...) or configured reducers; never N x N.
-            new_tokens: greedy tokens to generate after each prompt.
+            new_tokens: how many greedy tokens to generate after each prompt; or the tokens of every
+                prompt, fed one by one as if they had been generated (equally many each).
             logits: "all" rows, only the "last" row, or "none".
             decode_last: whether the last token of the prompt is fed alone, as the first decoding
                 step: edits with phase="decode" then also act where the first new token is decided.
@@ -290,13 +291,17 @@ class Model:
             PromptError, OutOfRange, SegmentNotFound, SiteRefused, NumericalError: before anything
             is run wherever possible, naming the value and what to do.
         """
-        prompts = self._prompts(prompts, new_tokens)
+        forced = None if isinstance(new_tokens, int) else _forced(new_tokens, self.d_vocab)
+        steps = new_tokens if isinstance(new_tokens, int) else len(forced[0]) if forced else 0
+        prompts = self._prompts(prompts, steps)
+        if forced is not None and len(forced) != len(prompts):
+            raise ValueError(f"new tokens for {len(forced)} prompts, but {len(prompts)} are run.")
         sites = [Site.parse(s) for s in ([read] if isinstance(read, (str, Site)) else read)]
         writes = self._writes(write, len(prompts))
         asked = [stats] if isinstance(stats, str) or not isinstance(stats, Iterable) else stats
         if logits not in ("all", "last", "none"):
             raise ValueError(f"logits must be 'all', 'last' or 'none', not {logits!r}.")
-        if new_tokens < 0 or batch_size < 1:
+        if steps < 0 or batch_size < 1:
             raise ValueError("new_tokens must be at least 0 and batch_size at least 1.")
         for site in sites:
             site.of(self.n_layers)
@@ -307,7 +312,7 @@ class Model:
         for name in sorted({name for one in edits for name in one.sites()}):
             self._check_site(name, "write")
 
-        statistics = _Statistics(asked, prompts, self.n_layers, self.n_heads, new_tokens)
+        statistics = _Statistics(asked, prompts, self.n_layers, self.n_heads, steps)
         reads = Reads(sites, self.n_layers, len(prompts))
         rows: list[Optional[Tensor]] = [None] * len(prompts)
         made: list[list[int]] = [[] for _ in prompts]
@@ -315,7 +320,8 @@ class Model:
         for numbers in tqdm(batches, disable=not progress, desc=f"running {self.name}"):
             out, new = self._engine(self.lane).run(
                 [prompts[i] for i in numbers], [edits[i] for i in numbers], reads,
-                statistics.attention, statistics.residual, numbers, new_tokens, logits, decode_last,
+                statistics.attention, statistics.residual, numbers, steps, logits, decode_last,
+                None if forced is None else [forced[i] for i in numbers],
             )
             for i, row, tokens in zip(numbers, out, new):
                 self._check_finite(row, prompts[i], writes[i])
@@ -417,6 +423,21 @@ class Model:
             f"NaN in the activations of {self.name}, first after {where}; the cause is {cause}. "
             "Check the values you write, or open the model with dtype='float32'."
         )
+
+
+def _forced(tokens: Sequence[Sequence[int]], d_vocab: int) -> list[list[int]]:
+    """Tokens to be fed after each prompt, checked."""
+    found = [[int(token) for token in row] for row in tokens]
+    if len({len(row) for row in found}) != 1:
+        raise ValueError(
+            "new_tokens must hold equally many tokens for every prompt; run prompts with answers of "
+            "other lengths by themselves."
+        )
+    for row in found:
+        for token in row:
+            if not 0 <= token < d_vocab:
+                raise OutOfRange(f"the new token {token} is not in the vocabulary, 0 to {d_vocab - 1}.")
+    return found
 
 
 class _Statistics:

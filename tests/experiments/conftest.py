@@ -7,7 +7,6 @@ import pytest
 
 import experiments
 import experiments._output
-import experiments._statistics
 
 GOOD = '''
     import numpy as np
@@ -17,7 +16,7 @@ GOOD = '''
 
     from experiments._paper import Paper, Settings
     from experiments._output import Output
-    from experiments._statistics import mean, rate
+    from interp.core.statistics import mean, rate
     from interp.core import Claim, Prompt, Result
     from interp.figures import head_grid
     from interp.figures.style import canvas

@@ -119,6 +119,21 @@ def test_every_prompt_can_have_interventions_of_its_own(opened):
         model.run([one] * 2, write=interp.each(writes))
 
 
+@pytest.mark.parametrize("lane", ["hf", "bridge"])
+def test_tokens_that_are_fed_one_by_one_are_read_as_in_one_pass(opened, lane):
+    model, long = opened("qwen3", lane), prompt(15)
+    short = interp.Prompt.from_tokens(long.ids[:11])
+    rows = model.run([short, short], new_tokens=[long.ids[11:], [5, 6, 7, 8]]).logits
+    assert torch.allclose(rows[0], model.run(long).logits[0], atol=1e-4)
+    assert not torch.allclose(rows[1][12:], rows[0][12:], atol=1e-2)
+    with pytest.raises(ValueError, match="equally many"):
+        model.run([short, short], new_tokens=[[1, 2], [3]])
+    with pytest.raises(interp.UndertowError, match="new token 97 is not in the vocabulary"):
+        model.run(short, new_tokens=[[97]])
+    with pytest.raises(ValueError, match="for 1 prompts, but 2"):
+        model.run([short, short], new_tokens=[[9]])
+
+
 def test_generation_is_greedy_edited_and_stops_at_the_end_of_the_text(opened):
     model, one = opened("llama"), prompt()
     run = model.run(one, new_tokens=6)

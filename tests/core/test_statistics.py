@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments._statistics import (
+from interp.core import Claim, NumericalError
+from interp.core.statistics import (
     FEWEST,
     bootstrap,
     control_p,
@@ -15,7 +16,6 @@ from experiments._statistics import (
     permutation_p,
     rate,
 )
-from interp.core import Claim, NumericalError
 
 FAST = {"resamples": 300}
 
