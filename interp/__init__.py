@@ -23,6 +23,7 @@ from interp.core import (
     edit,
     patch,
     redistribute,
+    reweigh,
     scale,
 )
 
@@ -34,6 +35,7 @@ _LAZY = {"open_model": "interp.models.open", "Model": "interp.models.model",
 __all__ = [
     "Claim", "Head", "HeadScores", "Model", "Prompt", "Result", "Run", "Segment", "Site",
     "UndertowError", "ablate", "block", "each", "edit", "open_model", "patch", "redistribute",
+    "reweigh",
     "scale",
 ]
 

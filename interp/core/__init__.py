@@ -24,6 +24,7 @@ from interp.core.intervention import (
     edit,
     patch,
     redistribute,
+    reweigh,
     scale,
 )
 from interp.core.prompt import Prompt
@@ -37,5 +38,5 @@ __all__ = [
     "ModelRefused",
     "NumericalError", "OutOfRange", "ProcessorMissing", "Prompt", "PromptError", "Result",
     "ResultCorrupted", "Segment", "SegmentNotFound", "Site", "SiteRefused", "UndertowError",
-    "ablate", "block", "each", "edit", "patch", "redistribute", "scale",
+    "ablate", "block", "each", "edit", "patch", "redistribute", "reweigh", "scale",
 ]

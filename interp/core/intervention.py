@@ -168,6 +168,19 @@ class Redistribute(Intervention):
 
 
 @dataclass(frozen=True)
+class Reweigh(Intervention):
+    """Give some keys more or less of every chosen row, which keeps its sum; made by `reweigh`."""
+
+    keys: Any
+    factor: Optional[float] = None
+    power: Optional[float] = None
+    queries: Any = "all"
+    layers: Optional[tuple[int, ...]] = None
+    heads: Optional[tuple[Head, ...]] = None
+    phase: Phase = "all"
+
+
+@dataclass(frozen=True)
 class Each:
     """Other interventions for every prompt of a run; made by `each`."""
 
@@ -348,4 +361,48 @@ def redistribute(
         None if layers is None else tuple(sorted(int(x) for x in layers)),
         None if heads is None else _heads(heads),
         _freeze(image), min_nonsink_share, min_image_mass, phase,
+    )
+
+
+def reweigh(
+    keys: Where,
+    factor: Union[int, float, None] = None,
+    *,
+    power: Union[int, float, None] = None,
+    queries: Where = "all",
+    layers: Optional[Iterable[int]] = None,
+    heads: Union[HeadLike, Iterable[HeadLike], None] = None,
+    phase: Phase = "all",
+) -> Reweigh:
+    """Multiply the attention on `keys` by `factor` after the softmax and renormalize each row.
+
+    Rows keep their sum, also where it is below one (learned sink logits). Elsewhere this equals
+    adding ln(factor) to the logits of `keys`. With `power` instead of a factor, the keys' share s
+    of a row becomes s ** power: 0 < power < 1 raises it.
+
+    Example:
+        >>> reweigh([0], 2.0, heads="L1H2")  # doctest: +ELLIPSIS
+        Reweigh(keys=(0,), factor=2.0, power=None, queries='all', layers=None, heads=(L1H2,), ...)
+
+    Rows with nothing on the keys stay as they are, and so do rows with nothing elsewhere.
+
+    Raises:
+        ValueError: neither or both of `factor` and `power`, a negative one, layers and heads.
+
+    Source: arXiv:2505.11739 (factor, on the initial token); split-softmax (power), which
+    arXiv:2503.23306 uses on the gold document.
+    """
+    if (factor is None) == (power is None):
+        raise ValueError("give reweigh() either a factor or a power.")
+    number = float(factor if factor is not None else power)  # type: ignore[arg-type]
+    if not 0 <= number < float("inf") or power is not None and not number > 0:
+        raise ValueError(
+            f"the factor (or power) of reweigh() must be a number from 0 on, not {number}."
+        )
+    if layers is not None and heads is not None:
+        raise ValueError("give either layers or heads to reweigh(): a head names its layer.")
+    return Reweigh(
+        _freeze(keys), None if factor is None else number, None if power is None else number,
+        _freeze(queries), None if layers is None else tuple(sorted(int(x) for x in layers)),
+        None if heads is None else _heads(heads), phase,
     )

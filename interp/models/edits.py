@@ -16,12 +16,13 @@ from interp.core.intervention import (
     EditSite,
     Intervention,
     Redistribute,
+    Reweigh,
     ScaleHeads,
     thaw,
 )
 from interp.core.prompt import Prompt
 from interp.core.site import HEADED, PAIRS, check_layers
-from interp.stream.rows import image_centric_rows, move_mass
+from interp.stream.rows import image_centric_rows, move_mass, reweigh_rows
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,16 @@ class Edits:
                     self._blocks.setdefault(layer, []).append((one, heads, queries, keys))
             elif isinstance(one, Redistribute):
                 self._add_redistribution(one, prompt)
+            elif isinstance(one, Reweigh):
+                queries, keys = Places(prompt, one.queries), Places(prompt, one.keys)
+                for layer, heads in self._layers(one.layers, one.heads):
+                    self._pattern.setdefault(layer, []).append((one, heads, queries, keys))
             elif isinstance(one, EditSite):
                 self._add_site(one, prompt)
             else:
                 raise SiteRefused(
                     f"{type(one).__name__} is not an intervention that a model run knows; use "
-                    "ablate, scale, block, edit, patch or redistribute."
+                    "ablate, scale, block, edit, patch, redistribute or reweigh."
                 )
 
     def _layers(self, layers: Any, heads: Any) -> list[tuple[int, Optional[list[int]]]]:
@@ -351,12 +356,16 @@ class Edits:
                 even = even / even.sum(-1, keepdim=True).clamp_min(1)
                 p[heads] = torch.where(acts[:, None], even, p[heads])
             else:
-                _, heads, from_, sinks, target, image = entry
+                heads, from_ = entry[1:3]
                 rows = (acts & from_.among(queries)).expand(p.shape[0], -1).clone()
                 if heads is not None:
                     chosen = torch.zeros(p.shape[0], dtype=torch.bool, device=p.device)
                     chosen[heads] = True
                     rows &= chosen[:, None]
+                if isinstance(one, Reweigh):
+                    p = reweigh_rows(p, rows, entry[3].among(keys), one.factor, one.power)
+                    continue
+                sinks, target, image = entry[3:]
                 sink = sinks.among(keys)
                 if image is not None:
                     rows &= image_centric_rows(

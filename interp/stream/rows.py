@@ -1,5 +1,7 @@
 """Operations on whole attention rows: choose rows by their image mass, move mass inside a row."""
 
+from typing import Optional
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -61,3 +63,40 @@ def move_mass(
     scale = gain.where(~sinks & destination, torch.ones_like(gain))
     scale = scale.masked_fill(sinks, 1.0 - fraction)
     return attention * scale.where(rows, scale.new_ones(()))
+
+
+def reweigh_rows(
+    attention: Float[Tensor, "*batch head query key"],
+    rows: Bool[Tensor, "*batch head query"],
+    keys: Bool[Tensor, "key"],
+    factor: Optional[float] = None,
+    power: Optional[float] = None,
+) -> Float[Tensor, "*batch head query key"]:
+    """In the chosen rows, multiply the mass on `keys` by `factor`; every row keeps its sum.
+
+    With `power` instead, the share s of the keys in the row becomes s ** power.
+
+    Example:
+        >>> import torch
+        >>> row = torch.tensor([[[0.5, 0.3, 0.2]]])
+        >>> reweigh_rows(row, torch.tensor([[True]]), torch.tensor([True, False, False]), 3.0)
+        tensor([[[0.7500, 0.1500, 0.1000]]])
+
+    Rows with all or nothing on the keys are left alone: there is nothing to be proportional to.
+
+    Source: arXiv:2505.11739: D = (gamma - 1) a_0 + 1, a_0' = gamma a_0 / D, a_i' = a_i / D.
+    """
+    wide = attention.to(torch.promote_types(attention.dtype, torch.float32))
+    on, off = wide[..., keys].sum(-1, keepdim=True), wide[..., ~keys].sum(-1, keepdim=True)
+    rows = rows[..., None] & (on > 0) & (off > 0)
+    total = (on + off).clamp_min(1e-37)
+    if power is None:
+        assert factor is not None
+        down = (1.0 + (factor - 1.0) * on / total).clamp_min(1e-37).reciprocal()
+        up = factor * down
+    else:
+        share = (on / total).clamp_min(1e-37)
+        up = share ** (power - 1.0)
+        down = (1.0 - share**power) * total / off.clamp_min(1e-37)
+    scale = torch.where(keys, up, down)
+    return attention * scale.where(rows, scale.new_ones(())).to(attention.dtype)
