@@ -6,8 +6,8 @@ Measure   mass moved per row (the budget), split into text sinks and visual sink
 Cause     this is the intervention: rows keep their sums, only the keys change
 """
 
-from collections.abc import Sequence
-from typing import Literal, Optional, SupportsFloat, SupportsIndex
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, Optional, SupportsFloat, SupportsIndex, Union
 
 import numpy as np
 import torch
@@ -15,6 +15,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp.core.errors import NumericalError, OutOfRange
+from interp.core.head import HeadLike
+from interp.core.intervention import Phase, Redistribute
+from interp.core.intervention import redistribute as intervention
+from interp.core.prompt import Where
 from interp.stream.rows import move_mass
 
 Keys = slice | Sequence[SupportsIndex] | np.ndarray | Tensor
@@ -147,3 +151,39 @@ def budget(
         moved * (weights * text.to(weights.device)).sum(-1),
         moved * (weights * visual.to(weights.device)).sum(-1),
     )
+
+
+def ocr_sink_redistribution(
+    heads: Union[HeadLike, Iterable[HeadLike]],
+    beta: SupportsFloat = 0.4,
+    *,
+    sinks: Union[Where, Mapping[int, Sequence[SupportsIndex]]] = 0,
+    destination: Where = "all",
+    phase: Phase = "all",
+) -> Redistribute:
+    """Let the sink keep `beta` of its attention in chosen heads, and give the rest to other keys.
+
+    Example:
+        >>> ocr_sink_redistribution("L1H2").fraction, ocr_sink_redistribution("L1H2", 0.1).fraction
+        (0.6, 0.9)
+
+    Args:
+        heads: the heads to edit, in the paper the two best OCR heads.
+        beta: share that stays; 1 changes nothing.
+        sinks: the first key, as in the paper; or any positions, or phi-sinks by layer
+            (`interp.sinks.visual.sinks_by_layer`).
+        destination: "all" other keys pro rata, as in the paper; "image" (also "visual"): image
+            tokens only; "evidence" or any other segment, or positions.
+
+    Returns:
+        An intervention for `model.run(write=...)`, for every query, with other ones beside it.
+
+    Source: arXiv:2505.15865, released code `exp_sink.py` (which ignores beta for Qwen2-VL).
+    """
+    share = float(beta)
+    if not 0 <= share <= 1:
+        raise ValueError(f"beta must lie between 0 and 1, not {share}.")
+    where = "image" if isinstance(destination, str) and destination == "visual" else destination
+    given = dict(sinks) if isinstance(sinks, Mapping) else sinks
+    return intervention(given, where, round(1 - share, 12), heads=heads,
+                        min_nonsink_share=None, min_image_mass=None, phase=phase)
