@@ -1,0 +1,294 @@
+"""Causal sweeps: many interventions, some metrics, matched controls; resumed after a kill.
+
+The cells of a sweep are independent. With a folder, every finished cell is kept there under a
+content key of the model's weights, the prompts, the intervention and the metric: a sweep that was
+killed goes on where it stopped, and one with further cells computes only those.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, SupportsIndex, Union
+
+import numpy as np
+import torch
+import xarray as xr
+import xxhash
+from jaxtyping import Float
+from tqdm.auto import tqdm
+
+from interp.causal.controls import most_excludable, random_heads
+from interp.causal.metrics import Metric, key_of
+from interp.core import Head, HeadScores, Prompt, PromptError, Result, ablate
+from interp.core.errors import OutOfRange
+from interp.core.head import HeadLike
+from interp.core.head import heads as as_heads
+from interp.core.intervention import Each, Intervention, Phase
+from interp.core.result import write_atomically
+from interp.core.statistics import Estimate
+from interp.core.statistics import difference as paired_difference
+from interp.models.model import Model
+
+CONDITIONS = ("top", "random")
+WHOLE = 1 << 16
+"""Parameters of up to so many values are fingerprinted whole, larger ones by as many of theirs."""
+
+
+def fingerprint(model: Model) -> str:
+    """A content key of a model's weights: equal for equal weights, whatever the name.
+
+    Example:
+        >>> import interp
+        >>> model = interp.open_model("backcopy-1l")
+        >>> fingerprint(model) == fingerprint(interp.open_model("backcopy-1l"))
+        True
+
+    Large matrices enter with `WHOLE` evenly spaced values each.
+    """
+    key = xxhash.xxh3_128()
+    with torch.no_grad():
+        for name, parameter in sorted(model.hf.named_parameters()):
+            flat = parameter.detach().reshape(-1)
+            step = max(1, flat.numel() // WHOLE)
+            key.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+            key.update(flat[::step].float().cpu().numpy().tobytes())
+    return key.hexdigest()
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Finished cells in a folder; without a folder nothing is kept."""
+
+    folder: Optional[Path]
+    about: str
+
+    def _path(self, content: str) -> Path:
+        return self.folder / f"{key_of(self.about, content)}.json"  # type: ignore[operator]
+
+    def get(self, content: str) -> Optional[list[float]]:
+        """The values of a finished cell; a file that cannot be read counts as unfinished."""
+        if self.folder is None:
+            return None
+        try:
+            return [float("nan") if v is None else float(v)
+                    for v in json.loads(self._path(content).read_text())["values"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def put(self, content: str, values: np.ndarray) -> None:
+        """Keep a finished cell, atomically."""
+        if self.folder is not None:
+            numbers = [float(v) if np.isfinite(v) else None for v in values]
+            write_atomically(self._path(content), json.dumps({"values": numbers}))
+
+
+def evaluate(
+    model: Model,
+    prompts: Sequence[Prompt],
+    metrics: Sequence[Metric],
+    writes: Sequence[Union[Intervention, Sequence[Intervention], Each]],
+    *,
+    folder: Union[str, Path, None] = None,
+    progress: bool = False,
+) -> dict[str, Float[np.ndarray, "cell prompt"]]:
+    """Every metric under every intervention: the engine of all sweeps.
+
+    Example:
+        >>> import interp
+        >>> from interp.causal.metrics import AnswerLogProb
+        >>> model = interp.open_model("backcopy-1l")
+        >>> prompts = [Prompt.from_tokens(range(3, 12))]
+        >>> evaluate(model, prompts, [AnswerLogProb([[5]])], [(), interp.ablate("L0H0")])[
+        ...     "log_prob"].shape
+        (2, 1)
+
+    Metrics with the same `shared` key share their passes. Equal interventions are computed once.
+
+    Raises:
+        PromptError: no prompts, or two metrics of one name.
+    """
+    if not prompts:
+        raise PromptError("no prompts to run: give at least one.")
+    names = [metric.name for metric in metrics]
+    if len(set(names)) < len(names) or not names:
+        raise PromptError(f"metrics need names of their own, and there must be one: {names}.")
+    about = key_of(fingerprint(model) if folder else "", str(model.dtype), model.lane,
+                   [prompt.digest() for prompt in prompts])
+    cells = Cells(None if folder is None else Path(folder), about)
+    rows: dict[str, list[Any]] = {name: [] for name in names}
+    seen: dict[str, dict[str, Any]] = {}
+    for write in tqdm(writes, disable=not progress, desc=f"sweeping {model.name}"):
+        content = _describe(write)
+        found = seen.setdefault(content, {})
+        outcomes: dict[str, Any] = {}
+        for metric in metrics:
+            if metric.name not in found:
+                mark = key_of(metric.name, metric.shared, content)
+                kept = cells.get(mark)
+                if kept is None:
+                    if metric.shared not in outcomes:
+                        outcomes[metric.shared] = metric.passes(model, prompts, write)
+                    kept = metric.values(outcomes[metric.shared])
+                    cells.put(mark, np.asarray(kept))
+                found[metric.name] = np.asarray(kept, dtype=float)
+            rows[metric.name].append(found[metric.name])
+    return {name: np.stack(values) for name, values in rows.items()}
+
+
+def _describe(write: Any) -> str:
+    """The content of interventions, the same on every machine."""
+    if isinstance(write, Intervention):
+        write = (write,)
+    if isinstance(write, Each):
+        content: Any = [[one.describe() for one in some] for some in write.writes]
+    else:
+        content = [one.describe() for one in write]
+    return json.dumps(content, sort_keys=True)
+
+
+def ablation_sweep(
+    model: Model,
+    prompts: Sequence[Prompt],
+    metrics: Union[Metric, Sequence[Metric]],
+    ranking: Union[HeadScores, Sequence[HeadLike]],
+    *,
+    counts: Sequence[SupportsIndex] = (0, 1, 2, 5, 10),
+    by: str = "zero",
+    phase: Phase = "all",
+    seeds: SupportsIndex = 5,
+    exclude: Optional[Iterable[HeadLike]] = None,
+    value: Any = None,
+    folder: Union[str, Path, None] = None,
+    progress: bool = False,
+) -> Result:
+    """Ablate the top heads of a ranking, a few, then more, against matched random heads.
+
+    Example:
+        >>> import interp
+        >>> from interp.causal.metrics import AnswerLogProb
+        >>> model = interp.open_model("backcopy-3l")
+        >>> prompts = [Prompt.from_tokens(range(3, 12))]
+        >>> found = ablation_sweep(model, prompts, AnswerLogProb([[5]]), ["L0H0", "L2H0"],
+        ...                        counts=(0, 1), seeds=5)
+        >>> found["log_prob"].dims
+        ('condition', 'seed', 'count', 'prompt')
+
+    Args:
+        ranking: scores, whose ineligible heads are left out, or heads, best first.
+        counts: how many heads to ablate; 0 is the model as it is.
+        by, phase, value: see `interp.ablate`; "mean" takes its value from `prompts` if none is
+            given.
+        seeds: random sets per count. Each has as many heads per layer as the top ones, stays the
+            same for all prompts, and avoids the top ones and `exclude`.
+        exclude: heads that no control may hold. By default the ranking's top, twice the largest
+            count, as far as the layers have heads enough.
+        folder: where finished cells are kept; None keeps nothing.
+
+    Returns:
+        Per metric `[condition, seed, count, prompt]` (`sample` for a metric with texts of its own),
+        the condition "top" repeated over seeds;
+        `layer_matched` [count]: False where a layer has too few other heads, so that controls
+        come from all layers. The manifest holds the sets.
+
+    Raises:
+        OutOfRange: more heads than the ranking or the model has, or too few controls.
+
+    Source: arXiv:2404.15574 (masking), with the controls of this toolkit.
+    """
+    metrics = [metrics] if isinstance(metrics, Metric) else list(metrics)
+    top = ranking.top(model.n_layers * model.n_heads) if isinstance(ranking, HeadScores) else [
+        as_heads([head])[0] for head in ranking]
+    counts = sorted({int(count) for count in counts})
+    if counts[0] < 0 or counts[-1] > len(top):
+        raise OutOfRange(
+            f"cannot ablate {counts[0] if counts[0] < 0 else counts[-1]} heads: the ranking has "
+            f"{len(top)} eligible ones."
+        )
+    if by == "mean" and value is None:
+        from interp.causal.ablate import mean_output
+
+        value = mean_output(model, prompts)
+    sets: dict[tuple[str, int, int], tuple[Head, ...]] = {}
+    matched = {}
+    for count in counts:
+        chosen = as_heads(top[:count])
+        barred = top[: 2 * counts[-1]] if exclude is None else as_heads(exclude)
+        drawn, matched[count] = _controls(model, chosen, barred, int(seeds), exclude is None)
+        for seed in range(int(seeds)):
+            sets["top", seed, count] = chosen
+            sets["random", seed, count] = drawn[seed]
+    writes = [ablate(heads, by, phase, value) if heads else () for heads in sets.values()]
+    values = evaluate(model, prompts, metrics, writes, folder=folder, progress=progress)
+    order = list(sets)
+    data: dict[str, Any] = {}
+    for metric in metrics:
+        table = dict(zip(order, values[metric.name]))
+        array = np.stack([np.stack([np.stack([table[c, s, n] for n in counts])
+                                    for s in range(int(seeds))]) for c in CONDITIONS])
+        data[metric.name] = (("condition", "seed", "count", metric.dim), array,
+                             {"units": metric.unit})
+    data["layer_matched"] = ("count", [matched[count] for count in counts])
+    coords = {"condition": list(CONDITIONS), "seed": np.arange(int(seeds)), "count": counts}
+    return Result(xr.Dataset(data, coords), {
+        **model.manifest(), "measure": "ablation_sweep", "by": by, "phase": phase,
+        "n_prompts": len(prompts), "prompts": [prompt.digest() for prompt in prompts],
+        "top": [str(head) for head in top[: counts[-1]]],
+        "random": {f"{seed}/{count}": [str(h) for h in sets["random", seed, count]]
+                   for seed in range(int(seeds)) for count in counts},
+    })
+
+
+def _controls(
+    model: Model, chosen: tuple[Head, ...], barred: Sequence[HeadLike], seeds: int, shrink: bool
+) -> tuple[list[tuple[Head, ...]], bool]:
+    """Random sets like the chosen one, and whether they could be matched layer by layer."""
+    if not chosen:
+        return [()] * seeds, True
+    if shrink:
+        barred = most_excludable(barred, chosen, model.n_heads)
+    size = (model.n_layers, model.n_heads)
+    try:
+        return [random_heads(chosen, *size, seed=s, exclude=barred) for s in range(seeds)], True
+    except OutOfRange:
+        if not shrink:
+            raise
+        return [random_heads(chosen, *size, seed=s, layer_matched=False)
+                for s in range(seeds)], False
+
+
+def difference(
+    found: Result, metric: str, count: SupportsIndex, *, seed: SupportsIndex = 0
+) -> Estimate:
+    """Top minus random, prompt by prompt, with its 95 % bootstrap interval over prompts.
+
+    The random sets of all seeds are averaged first: what is compared is the finding with its
+    control, and prompts are the samples.
+    """
+    top, random = (found[metric].sel(condition=c, count=int(count)).mean("seed").values
+                   for c in CONDITIONS)
+    return paired_difference(top, random, seed=int(seed))
+
+
+def effect(
+    found: Result, metric: str, count: SupportsIndex, condition: str = "top", *,
+    seed: SupportsIndex = 0,
+) -> Estimate:
+    """A condition minus the model as it is (count 0), prompt by prompt, with its interval."""
+    if 0 not in found["count"].values:
+        raise OutOfRange("the sweep has no count 0, so there is nothing to compare with.")
+    cut, whole = (found[metric].sel(condition=condition, count=c).mean("seed").values
+                  for c in (int(count), 0))
+    return paired_difference(cut, whole, seed=int(seed))
+
+
+def area(found: Result, metric: str, condition: str) -> Float[np.ndarray, "prompt"]:
+    """The mean of a metric along the curve over counts, per prompt.
+
+    By trapezoids: where counts lie densely they do not weigh more.
+    """
+    one = found[metric].sel(condition=condition).mean("seed").transpose("prompt", "count")
+    counts = one["count"].values.astype(float)
+    if len(counts) < 2:
+        return one.values[:, 0]
+    return np.trapezoid(one.values, counts, axis=1) / (counts[-1] - counts[0])
