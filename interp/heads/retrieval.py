@@ -9,19 +9,32 @@ Cause     ablate the top heads, and as many random heads of the same layers: onl
 
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Optional, SupportsIndex
+from typing import Any, Literal, Optional, SupportsFloat, SupportsIndex
 
 import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float, Int
+from matplotlib.axes import Axes
 from torch import Tensor
 
-from interp.core.errors import NumericalError, OutOfRange, ResultCorrupted
+from interp.core import Prompt, Result
+from interp.core.errors import NumericalError, OutOfRange, PromptError, ResultCorrupted
+from interp.core.result import write_atomically
 from interp.core.scores import HeadScores
+from interp.figures import heat
+from interp.models.model import Model
+from interp.stream.per_layer import PerLayer
+from interp.stream.reducers import Offsets, SegmentMass, TopKeys
+
+RETRIEVAL, STRONG = 0.1, 0.5
+"""A head with a score of at least 0.1 is a retrieval head (arXiv:2404.15574); 0.5 is an edge of the
+paper's bins, and "strong" a word of this package."""
 
 Mode = Literal["set", "official"]
 Ids = Sequence[SupportsIndex] | np.ndarray | Tensor
@@ -154,6 +167,147 @@ def aggregate(samples: Float[Tensor | np.ndarray, "sample layer head"]) -> Retri
     return RetrievalScores(plain.scores, plain.frequency, plain.standard_error, None, labelled)
 
 
+def chance(
+    emitted: Ids, needle_ids: Ids, visible: Ids, mode: Mode = "set"
+) -> float:
+    """The score expected of a head whose top key is any visible key, all equally likely.
+
+    Example:
+        >>> chance([50, 51], [50, 51], visible=[4, 4])
+        0.25
+
+    Args:
+        visible: number of keys that the row of each step can see.
+    """
+    said, there, seen = _ids(emitted), _ids(needle_ids), _ids(visible).double()
+    hit = (said[:, None] == there) / seen[:, None]
+    each = 1 - (1 - hit).prod(0) if mode == "set" else hit.sum(0)
+    return float(each.mean())
+
+
+def recall(answer: Ids, emitted: Ids, tokenizer: Any = None) -> float:
+    """Unigram recall of the answer: which share of its words is emitted, each as often as it says.
+
+    Example:
+        >>> recall([5, 6, 6, 7], [6, 5, 9])
+        0.5
+
+    With a tokenizer the words of the decoded texts are compared (lower case, letters and digits,
+    as ROUGE-1 does, without stemming), otherwise token ids.
+    """
+    wanted, said = _ids(answer).tolist(), _ids(emitted).tolist()
+    if tokenizer is not None:
+        words = [re.findall(r"[^\W_]+", tokenizer.decode(ids, skip_special_tokens=True).lower())
+                 for ids in (wanted, said)]
+        if words[0]:
+            wanted, said = words
+    common = Counter(wanted) & Counter(said)
+    return sum(common.values()) / len(wanted)
+
+
+def measure(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    mode: Mode = "set",
+    new_tokens: Optional[SupportsIndex] = None,
+    stop: Sequence[SupportsIndex] = (),
+    min_recall: SupportsFloat = 0.5,
+    needle: str = "needle_value",
+    batch_size: int = 8,
+) -> Result:
+    """Retrieval scores of every head, from the rows that predict what the model says by itself.
+
+    Example:
+        >>> import interp
+        >>> from interp.organisms import reader
+        >>> from interp.prompts.needle import synthetic
+        >>> model = interp.open_model("reader")
+        >>> made = synthetic(reader.needle, (64,), (0.2, 0.8), np.random.default_rng(0))
+        >>> found = measure(model, [one.prompt for one in made])
+        >>> found["score"].dims, found.manifest["n_kept"]
+        (('layer', 'head'), 2)
+
+    Args:
+        prompts: each with a segment `needle`: the answer's tokens, in one stretch.
+        mode: of `score`; the other form is there as `official` or `set`.
+        new_tokens: steps to decode; twice the longest answer and 8 more, at most 50, if None.
+        stop: ids that end an answer, beside the model's end-of-text token and a line end.
+        min_recall: only prompts whose `recall` is above this count, as in the paper (ROUGE-1 above
+            50): the others did not retrieve.
+        batch_size: how many prompts of equal length share a pass.
+
+    Returns:
+        `score`, `frequency`, `standard_error`, `null` (chance level if every visible key were as
+        likely), `shuffled` (steps in another order: needle tokens, but not the emitted one),
+        `eligible` [layer, head], over the kept samples; `set` and `official`, `on_first`,
+        `on_needle` (mean attention of the rows on token 0 and on the needle), `visible` [sample,
+        layer, head]; `recall`, `kept` [sample]. No sample kept: NaN scores and a note in the
+        manifest. A head is eligible if it saw the whole needle in every kept sample.
+
+    Raises:
+        SegmentNotFound: a prompt without that segment.
+        PromptError: an empty or scattered needle; no room to decode.
+
+    Only the top key of each row leaves the stream; selection on success biases scores upwards.
+
+    Source: arXiv:2404.15574, equation 1 and released code `retrieval_head_detection.py`.
+    """
+    spans = [_stretch(prompt, needle, i) for i, prompt in enumerate(prompts)]
+    if not spans:
+        raise PromptError("no prompts to measure retrieval on: give at least one.")
+    longest = max(stop_ - start for start, stop_ in spans)
+    steps = min(50, 2 * longest + 8) if new_tokens is None else int(new_tokens)
+    if steps < 1:
+        raise PromptError("retrieval is seen while the model speaks: ask for new_tokens >= 1.")
+    if model.max_positions and new_tokens is None:
+        steps = max(1, min(steps, model.max_positions - max(map(len, prompts))))
+    ends = {int(token) for token in stop} | _ends(model)
+    rows = []
+    for numbers in _alike(prompts, batch_size):
+        rows += _decode(model, prompts, numbers, spans, steps, ends)
+    samples = {k: np.stack([row[k] for row in sorted(rows, key=lambda r: r["number"])])
+               for k in rows[0]}
+    kept = samples["recall"] > float(min_recall)
+    return Result(_summarized(samples, kept, mode), {
+        **model.manifest(), "measure": "retrieval", "mode": mode, "new_tokens": steps,
+        "needle": needle, "min_recall": float(min_recall), "n_prompts": len(prompts),
+        "n_kept": int(kept.sum()), **({} if kept.any() else {
+            "note": "no prompt passed the success filter: the scores are NaN, not zero"}),
+    })
+
+
+def scores_of(found: Result) -> RetrievalScores:
+    """What `measure` found as head scores, with the kept samples.
+
+    Raises:
+        ValueError: no sample was kept, so there is nothing to rank.
+    """
+    if not found.manifest["n_kept"]:
+        raise ValueError(
+            f"none of {found.manifest['n_prompts']} prompts passed the success filter, so no head "
+            "has a retrieval score; give prompts that the model can answer."
+        )
+    data = found.data
+    samples = data[found.manifest["mode"]].isel(sample=np.flatnonzero(data["kept"].values))
+    return RetrievalScores(data["score"], data["frequency"], data["standard_error"],
+                           data["eligible"], samples)
+
+
+def draw(found: Result | HeadScores, ax: Axes) -> Axes:
+    """Head map of the scores in the paper's four bins: 0, below 0.1, below 0.5, from 0.5 on."""
+    values = found["score"] if isinstance(found, Result) else found.scores
+    eligible = found.data.get("eligible") if isinstance(found, Result) else found.eligible
+    binned = xr.where(values > 0, 1.0 + (values >= RETRIEVAL) + (values >= STRONG), 0.0)
+    binned = binned.where(values.notnull())
+    heat.draw(ax, binned, limits=(-0.5, 3.5), signed=False, eligible=eligible, bar=False,
+              hatched="cannot see the needle")
+    bar = ax.figure.colorbar(ax.images[0], ax=ax, label="retrieval score", pad=0.02,
+                             boundaries=np.arange(5) - 0.5, ticks=range(4))
+    bar.ax.set_yticklabels(["0", "< 0.1", "0.1 to 0.5", "≥ 0.5"])
+    return ax
+
+
 def read_released(
     path: str | os.PathLike, drop_empty_samples: bool = False
 ) -> RetrievalScores:
@@ -199,6 +353,140 @@ def read_released(
         if not len(samples):
             raise ResultCorrupted(f"{name} has no sample in which a head scores above zero.")
     return aggregate(samples)
+
+
+def write_released(scores: RetrievalScores, path: str | os.PathLike) -> Path:
+    """Write scores as the released files are: "layer-head" to one score per sample.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     made = aggregate(torch.tensor([[[0.5, 0.0]], [[1.0, 0.25]]]))
+        ...     file = write_released(made, Path(folder) / "model.json")
+        ...     file.read_text(), read_released(file).top(1)
+        ('{"0-0": [0.5, 1.0], "0-1": [0.0, 0.25]}', [L0H0])
+
+    The file is replaced, never appended to. It has no room for eligibility.
+
+    Raises:
+        ValueError: scores without samples.
+        NumericalError: NaN in a score, for which the format has no word.
+    """
+    if scores.samples is None or not scores.samples.sizes["sample"]:
+        raise ValueError("these scores hold no samples, so there is nothing to write; "
+                         "use the scores of `scores_of` or `aggregate`.")
+    values = scores.samples.transpose("layer", "head", "sample")
+    if not np.isfinite(values.values).all():
+        raise NumericalError("a retrieval score is NaN or infinite; leave that sample out.")
+    content = {f"{int(layer)}-{int(head)}": values.sel(layer=layer, head=head).values.tolist()
+               for layer in values["layer"] for head in values["head"]}
+    write_atomically(Path(path), json.dumps(content))
+    return Path(path)
+
+
+def _stretch(prompt: Prompt, name: str, number: int) -> tuple[int, int]:
+    segment = prompt.segment(name)
+    if segment.stop - segment.start != len(segment):
+        raise PromptError(
+            f"segment {name!r} of prompt {number} has gaps; a needle is one stretch of tokens."
+        )
+    return segment.start, segment.stop
+
+
+def _ends(model: Model) -> set[int]:
+    """Tokens that end an answer: end of text, and a line end where that is one token."""
+    found = set(model.end_tokens)
+    if model.tokenizer is not None:
+        for text in ("\n", "a\n"):
+            last = model.tokenizer(text, add_special_tokens=False)["input_ids"][-1:]
+            found |= {i for i in last if model.tokenizer.decode([i]).strip(" ") == "\n"}
+    return found
+
+
+def _alike(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
+    """Numbers of prompts of equal length, in groups whose statistics are held at one time."""
+    groups: dict[int, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        groups.setdefault(len(prompt), []).append(number)
+    return [numbers[i : i + size] for numbers in groups.values()
+            for i in range(0, len(numbers), size)]
+
+
+def _decode(
+    model: Model, prompts: Sequence[Prompt], numbers: Sequence[int],
+    spans: Sequence[tuple[int, int]], steps: int, ends: set[int],
+) -> list[dict[str, Any]]:
+    """One sample per prompt: the answer it gave, and what each head pointed at meanwhile."""
+    chosen = [prompts[i] for i in numbers]
+    last = len(chosen[0]) - 1
+
+    def segments(i: int, layer: int) -> SegmentMass:
+        return SegmentMass({"first": [0], "needle": range(*spans[numbers[i]])})
+
+    def far(i: int, layer: int) -> Offsets:
+        # NaN where the last row cannot see the needle's first token.
+        return Offsets([spans[numbers[i]][0] - last - steps + 1], subset=[last + steps - 1])
+
+    run = model.run(chosen, stats=[TopKeys(1), PerLayer("segments", segments),
+                                   PerLayer("offsets", far)],
+                    new_tokens=steps, logits="none", batch_size=len(chosen))
+    made = []
+    for row, number in enumerate(numbers):
+        start, stop = spans[number]
+        prompt, emitted = prompts[number], run.new_tokens[row]
+        n = next((i for i, token in enumerate(emitted) if token in ends), len(emitted))
+        rows = slice(last, last + max(n, 1))
+        top = run.stats["top_keys"].isel(prompt=row, rank=0, query=rows)
+        top = top.sel(quantity="key").transpose("query", "layer", "head").fillna(-1)
+        keys = torch.from_numpy(top.values.astype(np.int64))[:n]
+        mass = run.stats["segments"].isel(prompt=row, query=rows).mean("query")
+        said = emitted[:n]
+        one: dict[str, Any] = {"number": number, "recall": recall(
+            prompt.ids[start:stop], said, model.tokenizer) if n else 0.0}
+        shape = (model.n_layers, model.n_heads)
+        for mode in ("set", "official"):
+            one[mode] = np.zeros(shape)
+            one[f"shuffled_{mode}"] = np.full(shape, np.nan)
+            one[f"null_{mode}"] = np.nan
+            if not n:
+                continue
+            arguments = (prompt.ids, said, (start, stop), mode)
+            one[mode] = score_from_top_keys(keys, *arguments).numpy()
+            turned = [score_from_top_keys(keys.roll(by, 0), *arguments) for by in range(1, n)]
+            if turned:
+                one[f"shuffled_{mode}"] = torch.stack(turned).mean(0).numpy()
+            one[f"null_{mode}"] = chance(said, prompt.ids[start:stop],
+                                         range(last + 1, last + 1 + n), mode)
+        one["on_first"] = mass.sel(segment="first").transpose("layer", "head").values
+        one["on_needle"] = mass.sel(segment="needle").transpose("layer", "head").values
+        seen = run.stats["offsets"].isel(prompt=row, offset=0).transpose("layer", "head")
+        one["visible"] = np.isfinite(seen.values)
+        made.append(one)
+    return made
+
+
+def _summarized(samples: dict[str, np.ndarray], kept: np.ndarray, mode: Mode) -> xr.Dataset:
+    n_layers, n_heads = samples["set"].shape[1:]
+    n = int(kept.sum())
+    per_head = ("sample", "layer", "head")
+    data = xr.Dataset(
+        {name: (per_head, samples[name])
+         for name in ("set", "official", "on_first", "on_needle", "visible")},
+        {"sample": np.arange(len(kept)), "layer": np.arange(n_layers), "head": np.arange(n_heads)},
+    )
+    data["recall"], data["kept"] = ("sample", samples["recall"]), ("sample", kept)
+    empty = np.full((n_layers, n_heads), np.nan)
+    chosen, both = samples[mode][kept], ("layer", "head")
+    shuffled = samples[f"shuffled_{mode}"][kept]
+    known = np.isfinite(shuffled[:, :1, :1]).any()
+    data["score"] = both, chosen.mean(0) if n else empty
+    data["frequency"] = both, (chosen > 0).mean(0) if n else empty
+    data["standard_error"] = both, chosen.std(0, ddof=1) / np.sqrt(n) if n > 1 else empty
+    null = samples[f"null_{mode}"][kept].mean() if n else np.nan
+    data["null"] = both, np.full_like(empty, null)
+    data["shuffled"] = both, np.nanmean(shuffled, 0) if known else empty
+    data["eligible"] = both, samples["visible"][kept if n else slice(None)].all(0)
+    return data
 
 
 def _ids(given: Ids) -> Tensor:
