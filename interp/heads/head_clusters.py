@@ -52,8 +52,6 @@ def divergence(
 
     Source: arXiv:1906.04341, section 6; A <- .999 A + .001 / n.
     """
-    if mode not in ("row", "official"):
-        raise ValueError(f"mode must be 'row' or 'official', not {mode!r}.")
     rows = torch.as_tensor(attention).double()
     if not torch.isfinite(rows).all():
         raise NumericalError("attention contains NaN or infinity; recompute it in float32.")
