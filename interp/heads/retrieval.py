@@ -28,9 +28,8 @@ from interp.core.errors import NumericalError, OutOfRange, PromptError, ResultCo
 from interp.core.result import write_atomically
 from interp.core.scores import HeadScores
 from interp.figures import heat
+from interp.heads.decoding_rows import Spoken, answer_ends, spoken_rows
 from interp.models.model import Model
-from interp.stream.per_layer import PerLayer
-from interp.stream.reducers import Offsets, SegmentMass, TopKeys
 
 RETRIEVAL, STRONG = 0.1, 0.5
 """A head with a score of at least 0.1 is a retrieval head (arXiv:2404.15574); 0.5 is an edge of the
@@ -262,12 +261,10 @@ def measure(
         raise PromptError("retrieval is seen while the model speaks: ask for new_tokens >= 1.")
     if model.max_positions and new_tokens is None:
         steps = max(1, min(steps, model.max_positions - max(map(len, prompts))))
-    ends = {int(token) for token in stop} | _ends(model)
-    rows = []
-    for numbers in _alike(prompts, batch_size):
-        rows += _decode(model, prompts, numbers, spans, steps, ends)
-    samples = {k: np.stack([row[k] for row in sorted(rows, key=lambda r: r["number"])])
-               for k in rows[0]}
+    ends = {int(token) for token in stop} | answer_ends(model)
+    spoken = spoken_rows(model, prompts, spans, steps, ends, batch_size)
+    rows = [_sample(model, *given) for given in zip(prompts, spans, spoken)]
+    samples = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     kept = samples["recall"] > float(min_recall)
     return Result(_summarized(samples, kept, mode), {
         **model.manifest(), "measure": "retrieval", "mode": mode, "new_tokens": steps,
@@ -393,76 +390,29 @@ def _stretch(prompt: Prompt, name: str, number: int) -> tuple[int, int]:
     return segment.start, segment.stop
 
 
-def _ends(model: Model) -> set[int]:
-    """Tokens that end an answer: end of text, and a line end where that is one token."""
-    found = set(model.end_tokens)
-    if model.tokenizer is not None:
-        for text in ("\n", "a\n"):
-            last = model.tokenizer(text, add_special_tokens=False)["input_ids"][-1:]
-            found |= {i for i in last if model.tokenizer.decode([i]).strip(" ") == "\n"}
+def _sample(
+    model: Model, prompt: Prompt, span: tuple[int, int], one: Spoken
+) -> dict[str, Any]:
+    """Scores, chance levels and attention of one prompt."""
+    said, n = one.emitted, len(one.emitted)
+    inside = prompt.ids[slice(*span)]
+    found: dict[str, Any] = {
+        "recall": recall(inside, said, model.tokenizer) if n else 0.0,
+        "on_first": one.on_first, "on_needle": one.on_span, "visible": one.visible,
+    }
+    empty = np.zeros((model.n_layers, model.n_heads))
+    for mode in ("set", "official"):
+        found[mode], found[f"null_{mode}"] = empty, np.nan
+        found[f"shuffled_{mode}"] = np.full_like(empty, np.nan)
+        if not n:
+            continue
+        rest = (prompt.ids, said, span, mode)
+        found[mode] = score_from_top_keys(one.top_keys, *rest).numpy()
+        turned = [score_from_top_keys(one.top_keys.roll(by, 0), *rest) for by in range(1, n)]
+        if turned:
+            found[f"shuffled_{mode}"] = torch.stack(turned).mean(0).numpy()
+        found[f"null_{mode}"] = chance(said, inside, range(len(prompt), len(prompt) + n), mode)
     return found
-
-
-def _alike(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
-    """Numbers of prompts of equal length, in groups whose statistics are held at one time."""
-    groups: dict[int, list[int]] = {}
-    for number, prompt in enumerate(prompts):
-        groups.setdefault(len(prompt), []).append(number)
-    return [numbers[i : i + size] for numbers in groups.values()
-            for i in range(0, len(numbers), size)]
-
-
-def _decode(
-    model: Model, prompts: Sequence[Prompt], numbers: Sequence[int],
-    spans: Sequence[tuple[int, int]], steps: int, ends: set[int],
-) -> list[dict[str, Any]]:
-    """One sample per prompt: the answer it gave, and what each head pointed at meanwhile."""
-    chosen = [prompts[i] for i in numbers]
-    last = len(chosen[0]) - 1
-
-    def segments(i: int, layer: int) -> SegmentMass:
-        return SegmentMass({"first": [0], "needle": range(*spans[numbers[i]])})
-
-    def far(i: int, layer: int) -> Offsets:
-        # NaN where the last row cannot see the needle's first token.
-        return Offsets([spans[numbers[i]][0] - last - steps + 1], subset=[last + steps - 1])
-
-    run = model.run(chosen, stats=[TopKeys(1), PerLayer("segments", segments),
-                                   PerLayer("offsets", far)],
-                    new_tokens=steps, logits="none", batch_size=len(chosen))
-    made = []
-    for row, number in enumerate(numbers):
-        start, stop = spans[number]
-        prompt, emitted = prompts[number], run.new_tokens[row]
-        n = next((i for i, token in enumerate(emitted) if token in ends), len(emitted))
-        rows = slice(last, last + max(n, 1))
-        top = run.stats["top_keys"].isel(prompt=row, rank=0, query=rows)
-        top = top.sel(quantity="key").transpose("query", "layer", "head").fillna(-1)
-        keys = torch.from_numpy(top.values.astype(np.int64))[:n]
-        mass = run.stats["segments"].isel(prompt=row, query=rows).mean("query")
-        said = emitted[:n]
-        one: dict[str, Any] = {"number": number, "recall": recall(
-            prompt.ids[start:stop], said, model.tokenizer) if n else 0.0}
-        shape = (model.n_layers, model.n_heads)
-        for mode in ("set", "official"):
-            one[mode] = np.zeros(shape)
-            one[f"shuffled_{mode}"] = np.full(shape, np.nan)
-            one[f"null_{mode}"] = np.nan
-            if not n:
-                continue
-            arguments = (prompt.ids, said, (start, stop), mode)
-            one[mode] = score_from_top_keys(keys, *arguments).numpy()
-            turned = [score_from_top_keys(keys.roll(by, 0), *arguments) for by in range(1, n)]
-            if turned:
-                one[f"shuffled_{mode}"] = torch.stack(turned).mean(0).numpy()
-            one[f"null_{mode}"] = chance(said, prompt.ids[start:stop],
-                                         range(last + 1, last + 1 + n), mode)
-        one["on_first"] = mass.sel(segment="first").transpose("layer", "head").values
-        one["on_needle"] = mass.sel(segment="needle").transpose("layer", "head").values
-        seen = run.stats["offsets"].isel(prompt=row, offset=0).transpose("layer", "head")
-        one["visible"] = np.isfinite(seen.values)
-        made.append(one)
-    return made
 
 
 def _summarized(samples: dict[str, np.ndarray], kept: np.ndarray, mode: Mode) -> xr.Dataset:
