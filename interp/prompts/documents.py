@@ -7,7 +7,7 @@ that answers), "irrelevant" (all the others), "gold_value" (the answer inside of
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -20,6 +20,9 @@ TEMPLATE = (
     "{documents}\n\nQuestion: {question}\nAnswer:"
 )
 """Documents and question; the continuation should be the answer."""
+
+NOTHING = "N/A"
+"""The question of the prompts that calibrate."""
 
 HEADER = "Document {number}: "
 """What stands in front of each document; `number` counts from 1."""
@@ -35,12 +38,14 @@ class Documents:
     Attributes:
         prompt: with its segments; see the head of this file.
         gold_only: the same question over the gold document alone.
+        blank: the same documents with nothing asked, for calibration (arXiv:2506.09944).
         answer: token ids of the answer as they stand in the gold document.
         place: number of the gold document, from 0. count: how many documents there are.
     """
 
     prompt: Prompt
     gold_only: Prompt
+    blank: Prompt
     answer: tuple[int, ...]
     place: int
     count: int
@@ -48,6 +53,11 @@ class Documents:
     def document(self, number: SupportsIndex) -> tuple[int, ...]:
         """Positions of a document."""
         return self.prompt.segment(f"document_{int(number)}").positions
+
+    def after(self) -> tuple[int, ...]:
+        """Positions behind the last document: the question and whatever stands around it."""
+        end = max(self.prompt.positions("document")) + 1
+        return tuple(range(end, len(self.prompt)))
 
     def irrelevant(self) -> list[tuple[int, ...]]:
         """Positions of every document but the gold one."""
@@ -149,6 +159,8 @@ def build(
     texts = [*asked.others[:at], asked.gold, *asked.others[at:]]
     prompt = _assemble(model, asked, texts, at, template, header, chat)
     alone = _assemble(model, asked, [asked.gold], 0, template, header, chat)
+    nothing = replace(asked, question=NOTHING)
+    blank = _assemble(model, nothing, texts, at, template, header, chat)
     answer = tuple(prompt.ids[p] for p in prompt.positions("gold_value"))
     spoken = model.tokenizer.decode(list(answer), skip_special_tokens=True)
     if asked.answer.strip() not in " ".join(spoken.split()):
@@ -156,7 +168,7 @@ def build(
             f"the tokenizer of {model.name} does not keep the answer {asked.answer!r:.40} apart: "
             f"its tokens read {spoken!r:.60}."
         )
-    return Documents(prompt, alone, answer, at, count)
+    return Documents(prompt, alone, blank, answer, at, count)
 
 
 def grid(
@@ -212,7 +224,7 @@ def synthetic(
     Raises `PromptError` if a document is too short for its note, or there are too few keys.
     """
     number, length = int(count), int(words)
-    if length < language.RECORD or not 1 <= number <= len(language.KEYS):
+    if length < language.RECORD or not 1 <= number < len(language.KEYS):
         raise PromptError(
             f"{number} documents of {length} words cannot be made: a note takes "
             f"{language.RECORD} words, and there are {len(language.KEYS)} keys."
@@ -221,12 +233,6 @@ def synthetic(
         _records(language, rng, int(place), number, length)
         for _ in range(int(each)) for place in places
     ]
-
-
-def unasked_key(language: Any, rng: np.random.Generator, made: Documents) -> int:
-    """A key of the reader's language that no document of this prompt names."""
-    keys = [language.TOKEN[word] for word in language.KEYS]
-    return int(rng.choice([key for key in keys if key not in made.prompt.ids]))
 
 
 def _records(
@@ -247,9 +253,11 @@ def _records(
             for n in (before, words - language.RECORD - before)
         ]
         texts.append([*prose[0], language.NOTE, int(key), *value, language.END, *prose[1]])
-    question = [language.RECALL, int(keys[place])]
+    unnamed = [language.TOKEN[word] for word in language.KEYS]
+    unnamed = [key for key in unnamed if key not in keys]
 
-    def made(chosen: Sequence[int], gold: int) -> Prompt:
+    def made(chosen: Sequence[int], gold: int, key: int) -> Prompt:
+        question = [language.RECALL, key]
         ids, segments = [language.BOS], {"bos": (0, 1)}
         for i, number in enumerate(chosen):
             segments[f"document_{i}"] = (len(ids), len(ids) + words)
@@ -259,9 +267,12 @@ def _records(
         segments["question"] = (len(ids), len(ids) + len(question))
         return _labelled(Prompt.from_tokens([*ids, *question], segments), gold, len(chosen))
 
-    prompt = made(range(count), place)
+    own = int(keys[place])
+    prompt = made(range(count), place, own)
+    # What is asked for in the blank prompt is named in no document.
+    blank = made(range(count), place, int(rng.choice(unnamed)))
     answer = tuple(prompt.ids[p] for p in prompt.positions("gold_value"))
-    return Documents(prompt, made([place], 0), answer, place, count)
+    return Documents(prompt, made([place], 0, own), blank, answer, place, count)
 
 
 def _assemble(

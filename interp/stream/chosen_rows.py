@@ -35,7 +35,9 @@ class ChosenRows(Reducer):
 
     def _slots(self, tile: Tile) -> tuple[list[int], list[int]]:
         """Rows of the tile that are wanted, and their places in the state."""
-        there = {int(q): i for i, q in enumerate(tile.query_positions)}
+        if not any(tile.first_query <= row <= tile.last_query for row in self.rows):
+            return [], []
+        there = {query: i for i, query in enumerate(tile.query_positions.tolist())}
         pairs = [(there[row], slot) for slot, row in enumerate(self.rows) if row in there]
         return [i for i, _ in pairs], [slot for _, slot in pairs]
 
