@@ -181,10 +181,14 @@ def _attend(
     given = dict(scaling=scaling, softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
     if session is None:
         parts = [
-            _plain(query[i : i + 1], key[i : i + 1], value[i : i + 1], attention_mask, i, given)
+            attention_output(
+                query[i : i + 1], key[i : i + 1], value[i : i + 1], attention_mask, i, given
+            )
             for i in range(query.shape[0])
         ]
         return torch.cat(parts).transpose(1, 2).contiguous(), None
+    if hasattr(session, "attend"):
+        return session.attend(layer, query, key, value, attention_mask, given), None
     return session_attention(session, layer, query, key, value, attention_mask, given), None
 
 
@@ -219,7 +223,7 @@ def session_attention(
             seen = _Visible(mask, row, edits if blocked else None, layer, now)
             fused = given["softcap"] is None and given["sinks"] is None
             if fused or not reducers:
-                z = _plain(q, k, v, mask, row, given, seen if blocked else None)
+                z = attention_output(q, k, v, mask, row, given, seen if blocked else None)
             if reducers:
                 streamed = stream(
                     q, k, v, reducers=reducers, mask=seen.mask(), scaling=given["scaling"],
@@ -271,7 +275,7 @@ class _Visible:
         return seen[None]
 
 
-def _plain(
+def attention_output(
     q: Tensor, k: Tensor, v: Tensor, mask: LazyMask, row: int, given: dict[str, Any],
     seen: Optional[_Visible] = None,
 ) -> Float[Tensor, "1 head query d_value"]:
@@ -404,8 +408,11 @@ def implementation(configs: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def session(attentions: dict[nn.Module, int], running: Session) -> Iterator[Session]:
-    """Route the calls of these attention modules to `running`."""
+def session(attentions: dict[nn.Module, int], running: Any) -> Iterator[Any]:
+    """Route the calls of these attention modules to `running`.
+
+    That is a `Session`, or anything with a method `attend(layer, q, k, v, mask, given)`.
+    """
     before = {module: _SESSIONS.get(module) for module in attentions}
     try:
         for module, layer in attentions.items():

@@ -177,7 +177,7 @@ class LaneHF:
             inputs = {k: v[:, :-1] if v.shape == ids.shape else v for k, v in inputs.items()}
             ids, held = ids[:, :-1], ids[:, -1:]
         now, caching = Pass(0, ids.shape[1]), new_tokens > 0 or decode_last
-        with attend.implementation(self.configs), _no_earlier_picture(self.hf):
+        with attend.implementation(self.configs), no_earlier_picture(self.hf):
             for step in range(-int(decode_last), new_tokens + 1):
                 out = self._forward(ids, inputs, now, edits, reads, reducers,
                                     residual_reducers, numbers, cache, caching, logits)
@@ -314,7 +314,7 @@ class LaneHF:
 
 
 @contextmanager
-def _no_earlier_picture(hf: nn.Module) -> Iterator[None]:
+def no_earlier_picture(hf: nn.Module) -> Iterator[None]:
     """Set aside the position offset that Qwen-VL models remember from the last picture they saw.
 
     They add it to every later decoding step, also after a prompt without a picture.

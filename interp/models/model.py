@@ -356,6 +356,27 @@ class Model:
                for made in run.new_tokens]
         return [made[:end] for made, end in zip(run.new_tokens, cut)]
 
+    def resumable(self, prompt: Union[Prompt, str]) -> Any:
+        """A prompt that is run once and can then be resumed at any block, many variants at a time.
+
+        Example:
+            >>> import interp, torch
+            >>> model = interp.open_model("backcopy-3l")
+            >>> base = model.resumable(interp.Prompt.from_tokens(range(3, 12)))
+            >>> rows = torch.tensor([[0, 2, 3, 8], [0, 5, 6, 8]])     # two sets of kept positions
+            >>> base.replay(1, rows).shape[0]
+            2
+
+        See `interp.models.resume.Resumable`. Raises `ModelRefused` where the model cannot be resumed
+        in the middle, and says why.
+        """
+        from interp.models.resume import Resumable
+
+        (given,) = self._prompts(prompt, 0)
+        if self.kind != "decoder":
+            raise ModelRefused(f"{self.name} is an encoder: it has no last row to resume towards.")
+        return Resumable(self.hf, self._engine("hf"), given, self._tolerance())
+
     @property
     def end_tokens(self) -> frozenset[int]:
         """The tokens that end a text, from the generation settings, the config or the tokenizer."""

@@ -132,6 +132,7 @@ def test_cells_are_kept_and_a_damaged_one_is_computed_again(model, answers, tmp_
     assert len(passes) > 2 and not np.allclose(changed, first)
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_equals_an_uninterrupted_one(tmp_path):
     code = textwrap.dedent("""
         import sys, time

@@ -1,0 +1,315 @@
+"""Resume a forward pass in the middle: some positions, from some block on, many variants at once.
+
+One plain run of a prompt keeps what enters every block and the keys and values of every position.
+From these, positions whose past changed are run again through the remaining blocks, and nothing
+else is: blocks before the change are not executed, positions before it lend their keys and values,
+and variants of equal size share a pass. TransformerLens' `start_at_layer` executes every block.
+
+The identities behind it (each is a test):
+    resume      all positions from block l on give the model's logits
+    drop=mask   positions left out, the others keeping their position ids, equal masked keys
+    prefix      positions before the first change keep their keys and values
+    last row    where only the last position's attention is edited, only that row is run again
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Optional
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from interp.core.errors import ModelRefused, OutOfRange
+from interp.core.prompt import Prompt
+from interp.models import attention as attend
+from interp.models.lane_hf import no_earlier_picture
+from interp.models.sites import Block, first_tensor, hidden_input
+
+Blocked = Callable[[int], Optional[Bool[Tensor, "batch #head query key"]]]
+"""Layer -> edges to cut, True where cut; None where none are."""
+
+AXES = {"position_embeddings": -2, "position_ids": -1, "cache_position": -1}
+"""The axis of positions in what blocks are given, where it is known."""
+
+
+class Resumable:
+    """A prompt that was run once and can be resumed at any block; made by `Model.resumable`.
+
+    Attributes:
+        logits: `[position, vocab]` of the plain run. length: its number of positions.
+        spent: token-layers executed since (one token through one block), to report costs in units
+            of `prefill`, the token-layers of the plain run.
+    """
+
+    def __init__(self, hf: nn.Module, lane: Any, prompt: Prompt, tolerance: float) -> None:
+        self.hf, self.lane, self.blocks = hf, lane, lane.blocks
+        self.length, self.n_layers = len(prompt), len(lane.blocks)
+        self.prefill, self.spent = self.length * self.n_layers, 0
+        self.hidden: list[Tensor] = []
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self._given: list[tuple[tuple, dict[str, Any]]] = []
+        self._masks: list[Any] = []
+        self._dense: dict[Any, Tensor] = {}
+        self._tuples: list[bool] = []
+        self.logits = self._plain_run(prompt)
+        self._prove(tolerance)
+
+    # -- the plain run ---------------------------------------------------------------------------
+
+    def _plain_run(self, prompt: Prompt) -> Tensor:
+        ids = torch.tensor([prompt.ids], device=self.lane.device)
+        outputs: list[Tensor] = []
+
+        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self.hidden.append(hidden_input(args, kwargs)[0].detach())
+            self._given.append((args, kwargs))
+
+        def after(module: nn.Module, args: tuple, output: Any) -> None:
+            self._tuples.append(isinstance(output, tuple))
+            outputs.append(first_tensor(output)[0].detach())
+
+        handles = []
+        for block in self.blocks:
+            handles.append(block.module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(block.module.register_forward_hook(after))
+        try:
+            with ExitStack() as stack, torch.no_grad():
+                stack.enter_context(attend.implementation(self.lane.configs))
+                stack.enter_context(attend.session(self.lane.attentions, _Keeping(self)))
+                stack.enter_context(no_earlier_picture(self.hf))
+                inputs = self.lane._inputs([prompt])
+                out = self.lane._call(ids, inputs, {"use_cache": False})
+        finally:
+            for handle in handles:
+                handle.remove()
+        if len(self.hidden) != self.n_layers or len(self.keys) != self.n_layers:
+            raise ModelRefused(
+                f"{type(self.hf).__name__} does not run its {self.n_layers} blocks once each, so it "
+                "cannot be resumed in the middle; run whole passes instead."
+            )
+        for layer in range(1, self.n_layers):
+            if not torch.equal(outputs[layer - 1], self.hidden[layer]):
+                raise ModelRefused(
+                    f"{type(self.hf).__name__} adds something between blocks {layer - 1} and {layer} "
+                    "(as DeepStack does), so it cannot be resumed in the middle; run whole passes."
+                )
+        if getattr(out, "logits", None) is None:
+            raise ModelRefused(
+                f"{type(self.hf).__name__} has no vocabulary head: nothing to resume towards."
+            )
+        return out.logits[0].detach()
+
+    def _prove(self, tolerance: float) -> None:
+        """Resumed in the middle, the model must say what it said."""
+        found = self.replay(self.n_layers // 2, torch.arange(self.length)[None])
+        size = float(self.logits[-1].float().abs().max()) + 1e-6
+        if float((found[0] - self.logits[-1]).float().abs().max()) > tolerance * size:
+            raise ModelRefused(
+                f"{type(self.hf).__name__} gives other logits when it is resumed at block "
+                f"{self.n_layers // 2}; run whole passes instead."
+            )
+        self.spent = 0
+
+    def visible(self, layer: int) -> Bool[Tensor, "query key"]:
+        """Which keys every position sees in a block, `[position, position]`."""
+        mask = self._masks[layer]
+        named = mask.named()
+        key = (mask.plain, mask.window) if named is not None else id(mask)
+        if key not in self._dense:
+            every = torch.arange(self.length, device=self.lane.device)
+            self._dense[key] = mask(0, every, every)[0]
+        return self._dense[key]
+
+    # -- again, from the middle --------------------------------------------------------------------
+
+    def replay(
+        self,
+        layer: int,
+        rows: Int[Tensor, "batch row"],
+        *,
+        context: Optional[Int[Tensor, "context"]] = None,
+        hidden: Optional[Float[Tensor, "batch row d_model"]] = None,
+        blocked: Optional[Blocked] = None,
+        positions: Optional[Int[Tensor, "batch row"]] = None,
+        logits: str = "last",
+    ) -> Float[Tensor, "batch vocab"] | Float[Tensor, "batch row vocab"]:
+        """Run `rows` again from block `layer` on; give the logits of the last of them.
+
+        Args:
+            layer: the first block that is executed, on what entered it (or `hidden`).
+            rows: ascending positions of the prompt, one set per variant, equally many each. What is
+                neither here nor in `context` does not exist for them.
+            context: positions that lend the keys and values of the plain run.
+            hidden: what enters the block instead.
+            blocked: edges cut before the softmax, by layer: True where row r of a variant may not
+                see a key; keys are `context`, then `rows`.
+            positions: position ids to take instead of each row's own (compacted ones, say).
+            logits: "last" row or "all" rows.
+
+        Raises:
+            OutOfRange: a layer or position that does not exist, or a row left without any key.
+        """
+        if not 0 <= layer < self.n_layers:
+            raise OutOfRange(f"layer {layer} does not exist: there are 0 to {self.n_layers - 1}.")
+        rows = rows.to(self.lane.device)
+        context = rows.new_zeros(0) if context is None else context.to(rows)
+        for some in (rows, context):
+            if some.numel() and not 0 <= int(some.min()) <= int(some.max()) < self.length:
+                raise OutOfRange(f"positions run from 0 to {self.length - 1} in this prompt.")
+        x = self.hidden[layer][rows] if hidden is None else hidden.to(self.hidden[layer])
+        of = rows if positions is None else positions.to(rows)
+        running = _Replaying(self, rows, context, blocked)
+        with ExitStack() as stack, torch.no_grad():
+            stack.enter_context(attend.implementation(self.lane.configs))
+            stack.enter_context(attend.session(self.lane.attentions, running))
+            stack.enter_context(no_earlier_picture(self.hf))
+            for number in range(layer, self.n_layers):
+                args, kwargs = self._given[number]
+                args, kwargs = _gather(args, kwargs, x, of, self.length)
+                x = first_tensor(self.blocks[number].module(*args, **kwargs)).reshape(x.shape)
+            self.spent += rows.numel() * (self.n_layers - layer)
+            found = self._tail(x if logits == "all" else x[:, -1:])
+        return found if logits == "all" else found[:, -1]
+
+    def _tail(self, x: Float[Tensor, "batch row d_model"]) -> Float[Tensor, "batch row vocab"]:
+        """What follows the last block: final norm and vocabulary head, as the model has them."""
+        ids = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+        with _passing(self.blocks, self._tuples, x):
+            return self.lane._call(ids, {}, {"use_cache": False}).logits
+
+
+class _Keeping:
+    """Keeps keys, values and masks while the plain run goes by."""
+
+    def __init__(self, base: Resumable) -> None:
+        self.base = base
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, given: dict[str, Any]
+    ) -> Tensor:
+        self.base.keys.append(k[0])
+        self.base.values.append(v[0])
+        self.base._masks.append(mask)
+        return attend.attention_output(q, k, v, mask, 0, given).transpose(1, 2).contiguous()
+
+
+class _Replaying:
+    """Attention of some rows of many variants, to lent keys and their own."""
+
+    def __init__(
+        self, base: Resumable, rows: Tensor, context: Tensor, blocked: Optional[Blocked]
+    ) -> None:
+        self.base, self.rows, self.context, self.blocked = base, rows, context, blocked
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, given: dict[str, Any]
+    ) -> Tensor:
+        base, rows, batch = self.base, self.rows, len(self.rows)
+        where = torch.cat([self.context.expand(batch, -1), rows], 1)
+        seen = base.visible(layer)[rows[:, :, None], where[:, None, :]][:, None]
+        cut = None if self.blocked is None else self.blocked(layer)
+        if cut is not None:
+            seen = seen & ~cut.to(seen.device)
+            if not bool(seen.any(-1).all()):
+                raise OutOfRange(
+                    f"blocking leaves a position without any key to attend to in layer {layer}; "
+                    "exclude its attention to itself."
+                )
+        if len(self.context):
+            lent = [x[layer][:, self.context].expand(batch, -1, -1, -1)
+                    for x in (base.keys, base.values)]
+            k, v = torch.cat([lent[0], k], 2), torch.cat([lent[1], v], 2)
+        group = q.shape[1] // k.shape[1]
+        if given["softcap"] is None and given["sinks"] is None:
+            made = nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=seen, scale=given["scaling"], enable_gqa=group > 1)
+            return made.transpose(1, 2).contiguous()
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+        scores = q.float() @ k.float().transpose(2, 3) * given["scaling"]
+        if given["softcap"] is not None:
+            scores = torch.tanh(scores / given["softcap"]) * given["softcap"]
+        scores = scores.masked_fill(~seen, float("-inf"))
+        if given["sinks"] is not None:
+            extra = given["sinks"].float().reshape(1, -1, 1, 1).expand(batch, -1, q.shape[2], 1)
+            scores = torch.cat([scores, extra], -1)
+        p = scores.softmax(-1)[..., : k.shape[2]]
+        return (p.to(v.dtype) @ v).transpose(1, 2).contiguous()
+
+
+def _gather(
+    args: tuple, kwargs: dict[str, Any], x: Tensor, rows: Tensor, length: int
+) -> tuple[tuple, dict[str, Any]]:
+    """What a block was given in the plain run, for these rows, with `x` as its input."""
+    named = dict(kwargs)
+    first = list(args)
+    if "hidden_states" in named:
+        named["hidden_states"] = x
+    else:
+        first[0] = x
+    made = {name: _rows_of(name, value, rows, length) for name, value in named.items()
+            if name != "hidden_states"}
+    if "hidden_states" in named:
+        made["hidden_states"] = x
+    made.update({name: False for name in ("use_cache",) if name in made})
+    made.update({name: None for name in ("past_key_values", "past_key_value", "layer_past")
+                 if name in made})
+    rest = [_rows_of(f"argument {i}", value, rows, length) for i, value in enumerate(first) if i]
+    head = [] if not first else [first[0]]
+    return tuple(head + rest), made
+
+
+def _rows_of(name: str, value: Any, rows: Tensor, length: int) -> Any:
+    """The part of an argument that belongs to these rows."""
+    if isinstance(value, tuple) and value and all(isinstance(v, Tensor) for v in value):
+        return tuple(_rows_of(name, v, rows, length) for v in value)
+    if not isinstance(value, Tensor) or "mask" in name:
+        return value
+    axis = AXES.get(name)
+    if axis is None:
+        found = [i for i, size in enumerate(value.shape) if size == length]
+        if not found:
+            return value
+        if len(found) > 1:
+            raise ModelRefused(
+                f"it is not clear which axis of {name!r} {tuple(value.shape)} counts positions, so "
+                "the model cannot be resumed in the middle; change the prompt's length by one."
+            )
+        axis = found[0] - value.ndim
+    if value.ndim == 1:
+        return value[rows[0]]
+    moved = value.movedim(axis, -1)
+    if moved.shape[-1] != length:
+        return value
+    # The batch is the last axis before the positions' own features: [.., 1, position, ..].
+    picked = moved[..., rows]
+    batch_axis = axis - 1 if value.shape[axis - 1] == 1 else None
+    if batch_axis is None:
+        raise ModelRefused(f"{name!r} has no batch axis before its positions: {tuple(value.shape)}.")
+    order = list(range(value.ndim))
+    position = value.ndim + axis
+    kept = [i for i in order if i != position]
+    squeezed = picked.squeeze(kept.index(position - 1))
+    # Now [others.., batch, row]: bring batch and row to where batch and position were.
+    return squeezed.movedim((-2, -1), (position - 1, position))
+
+
+@contextmanager
+def _passing(blocks: list[Block], tuples: list[bool], x: Tensor) -> Iterator[None]:
+    """Every block hands its input on, and the last one gives `x`."""
+    def through(last: bool, as_tuple: bool) -> Callable:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            out = x if last else hidden_input(args, kwargs)
+            return (out,) if as_tuple else out
+        return forward
+
+    changed: list[nn.Module] = []
+    try:
+        for block, as_tuple in zip(blocks, tuples):
+            block.module.forward = through(block is blocks[-1], as_tuple)
+            changed.append(block.module)
+        yield
+    finally:
+        for module in changed:
+            del module.forward
