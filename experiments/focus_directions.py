@@ -19,7 +19,7 @@ from interp.causal.metrics import AnswerAccuracy, TextLoss
 from interp.causal.sweep import evaluate
 from interp.core import Claim, Head, OutOfRange, PromptError, Result, SiteRefused, statistics
 from interp.figures import head_grid
-from interp.figures.style import CYCLE, PAGE, canvas, color
+from interp.figures.style import BLACK, BLUE, CYCLE, GREEN, PAGE, SKY, canvas, color
 from interp.heads import contextual, focus_directions, query_focused
 
 PAPER = Paper(
@@ -42,7 +42,7 @@ PAPER = Paper(
 SOURCE, QRHEAD = PAPER.sources
 POWER = 0.1
 """The share s of the gold document becomes s ** 0.1: the paper's split-softmax boost."""
-STRENGTHS = (0.2, 0.5)
+STRENGTHS = (0.2, 0.5, 1.0)
 SEEDS = 5
 NOT_HERE = "it needs multi-hop questions, which neither invented documents nor reader's language has"
 
@@ -232,7 +232,7 @@ def _interventions(
 ) -> None:
     scores = contextual.scores(found)
     ranking = scores.top(model.n_layers * model.n_heads)
-    test = asked["test"][: settings.pick(30, tiny=6)]
+    test = asked["test"][: settings.pick(25, tiny=6)]
     prompts, metric = tasks.prompts_of(test), AnswerAccuracy(tasks.answers_of(test))
     total, best = len(ranking), top_count(model)
     counts = sorted({min(k, total) for k in settings.pick(
@@ -244,7 +244,7 @@ def _interventions(
     for k in counts:
         writes.append(interp.reweigh("gold", power=POWER, heads=ranking[:k]))
         marks.append(("boost", k, 0))
-        if k > settings.pick(4 if total < 200 else 50, tiny=1) and k != best:
+        if k not in (best, 4 if total < 200 else 50):
             continue
         drawn, said = _controls(model, tuple(ranking[:k]), ranking, scores, settings.seed)
         words = said if k == best else words
@@ -260,9 +260,8 @@ def _interventions(
         out.save(f"directions-{model.name}", learned)
         for strength in STRENGTHS:
             for k in counts:
-                if k <= total // 2 or k == counts[-1]:
-                    writes.append(focus_directions.focus(learned, ranking[:k], strength))
-                    marks.append((f"focus {strength}", k, 0))
+                writes.append(focus_directions.focus(learned, ranking[:k], strength))
+                marks.append((f"focus {strength}", k, 0))
     except SiteRefused as error:
         refused = str(error)
     accuracy = evaluate(model, prompts, [metric], writes)["accuracy"]
@@ -286,15 +285,14 @@ def _draw_sweep(
 ) -> None:
     figure, ax = canvas(1, 1, width=1.15 * 3.5)
     hues = {"boost": color("primary"), "random": color("control")}
+    hues |= {f"focus {x}": hue for x, hue in zip(STRENGTHS, (SKY, BLUE, GREEN))}
     labels = {"boost": f"share on gold to the power {POWER}", "random": "the same, random heads"}
     for name in dict.fromkeys(m[0] for m in table if m[0] != "baseline"):
         points = [(k, table[name, k].mean()) for k in counts if (name, k) in table]
         label = labels.get(name, name.replace("focus", "focus directions, strength"))
-        hue = hues.get(name, CYCLE[1 + len(hues)] if name not in hues else None)
-        hues.setdefault(name, hue)
-        ax.plot(*zip(*points), marker="o", color=hue, label=label,
+        ax.plot(*zip(*points), marker="o", color=hues[name], label=label,
                 linestyle="-" if name in labels else "--")
-    ax.axhline(table["baseline", 0].mean(), color=color("text"), linestyle=":", label="unchanged")
+    ax.axhline(table["baseline", 0].mean(), color=BLACK, linestyle=":", label="unchanged")
     ax.axhline(alone.mean(), color=color("needle"), linestyle=":", label="gold document alone")
     ax.set_xscale("log", base=2)
     ax.set_xticks(counts, [str(k) for k in counts])
@@ -385,7 +383,8 @@ def _masses(
     ax.set_xticks(range(3), ["gold document", "other documents", "sink"])
     ax.set_ylabel("attention (share)")
     ax.legend()
-    ax.set_title(f"{model.name}, top {len(top)} head(s), {len(asked)} prompts")
+    total = model.n_layers * model.n_heads
+    ax.set_title(f"{model.name}, top {len(top)} of {total} heads, {len(asked)} prompts")
     out.figure("masses", figure, of=model.name)
 
 
@@ -462,7 +461,7 @@ def _ranking(
     values = {name: query_focused.auroc(found, heads) for name, heads in sets.items()}
     values[f"{count} random"] = np.mean([query_focused.auroc(found, h) for h in random], 0)
     figure, axes = canvas(1, 2, width=PAGE, gridspec_kw={"width_ratios": (1.25, 1)})
-    head_grid.draw(axes[0], scores, label="calibrated relevance of the gold document",
+    head_grid.draw(axes[0], scores, label="calibrated relevance",
                    mark=scores.top(count) if count <= 64 else ())
     names = list(values)
     axes[1].barh(range(len(names)), [values[n].mean() for n in names], 0.6, color=[
@@ -471,7 +470,7 @@ def _ranking(
     axes[1].set_yticks(range(len(names)), names)
     axes[1].invert_yaxis()
     axes[1].set_xlim(0, 1.02)
-    axes[1].set_xlabel("AUROC of the gold document (within prompts)")
+    axes[1].set_xlabel("AUROC, gold against others")
     axes[0].set_title(f"{model.name}, {len(asked)} prompts")
     out.figure("ranking", figure, of=model.name)
     _claim(out, model, "ranking", statistics.difference(values[names[0]], values["all heads"]),

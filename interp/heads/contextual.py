@@ -233,7 +233,8 @@ def measure(
     return Result(data, {
         **model.manifest(), "measure": "contextual", "query_rows": rows,
         "sink": [int(p) for p in sink], "copied_only": copied_only,
-        "write": [one.describe() for one in write], "unanswered": int((n_rows == 0).sum()), "n_prompts": len(asked),
+        "write": [one.describe() for one in write], "unanswered": int((n_rows == 0).sum()),
+        "n_prompts": len(asked),
     })
 
 
