@@ -160,16 +160,17 @@ def measure(
 def layer_gap(
     distances: Float[np.ndarray, "head head"], n_heads: int, *, resamples: int = 1000,
     seed: int = 0,
-) -> tuple[float, float]:
-    """How much farther heads of different layers are apart than heads of one, and its p value.
+) -> tuple[float, float, float]:
+    """How much farther heads of different layers are apart than heads of one, against chance.
 
     Example:
         >>> near = np.kron(np.eye(4), np.ones((3, 3)))
-        >>> gap, p = layer_gap(1.0 - near, 3)
-        >>> gap, p < 0.01
-        (1.0, True)
+        >>> gap, p, chance = layer_gap(1.0 - near, 3)
+        >>> gap, p < 0.01, chance < 0.3
+        (1.0, True, True)
 
-    The p value is one-sided: heads change places at random, `n_heads` to a layer as before.
+    Returns the gap, its one-sided p value, and the 95th percentile of gaps by chance: heads change
+    places at random, `n_heads` to a layer as before.
     """
     values = np.asarray(distances, dtype=float)
     layer = np.arange(len(values)) // n_heads
@@ -185,4 +186,5 @@ def layer_gap(
     rng = np.random.default_rng(seed)
     observed = gap(np.arange(len(values)))
     drawn = np.array([gap(rng.permutation(len(values))) for _ in range(resamples)])
-    return observed, (1 + int((drawn >= observed).sum())) / (1 + resamples)
+    p = (1 + int((drawn >= observed).sum())) / (1 + resamples)
+    return observed, p, float(np.quantile(drawn, 0.95))

@@ -161,8 +161,8 @@ def intervene(
         ('seed', 'sample')
 
     The matched control hides as many tokens that belong to no group, in the same layers, drawn
-    `control_seeds` times (under a causal mask from those no later than the latest hidden token
-    where there are enough). Hidden tokens still see everything.
+    `control_seeds` times (under a causal mask from those no later than the latest hidden token, or
+    from the first quarter, where there are enough). Hidden tokens still see everything.
 
     Returns:
         `baseline` and `loss` [sample], `control` [seed, sample], in nats; prompts without the
@@ -177,7 +177,8 @@ def intervene(
         hidden.append([int(p) for p in own.get(group, ())])
         free = [p for p in range(len(prompt)) if p not in named]
         if model.kind == "decoder" and hidden[-1]:
-            early = [p for p in free if p <= max(hidden[-1])]
+            # Early tokens are seen by more queries than late ones.
+            early = [p for p in free if p <= max(max(hidden[-1]), len(prompt) // 4)]
             free = early if len(early) >= 2 * len(hidden[-1]) else free
         others.append(free)
     kept = [i for i, (keys, free) in enumerate(zip(hidden, others))

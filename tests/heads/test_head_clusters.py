@@ -50,11 +50,11 @@ def test_planted_clusters_are_found_and_shuffled_ones_are_not():
     rng = np.random.default_rng(0)
     points = np.repeat(rng.normal(size=(5, 2)), 4, 0) + 0.05 * rng.normal(size=(20, 2))
     far = np.linalg.norm(points[:, None] - points, axis=-1)
-    gap, p = head_clusters.layer_gap(far, 4, resamples=499)
-    assert gap > 0 and p == pytest.approx(1 / 500)
+    gap, p, chance = head_clusters.layer_gap(far, 4, resamples=499)
+    assert gap > chance > 0 and p == pytest.approx(1 / 500)
     order = np.arange(20).reshape(5, 4).T.ravel()  # one head of every cluster in each layer
-    gap, p = head_clusters.layer_gap(far[order][:, order], 4, resamples=499)
-    assert gap < 0 and p > 0.5
+    gap, p, chance = head_clusters.layer_gap(far[order][:, order], 4, resamples=499)
+    assert gap < 0 < chance and p > 0.5
     placed = head_clusters.mds(far)
     again = np.linalg.norm(placed[:, None] - placed, axis=-1)
     assert np.abs(again - far).max() < 0.05

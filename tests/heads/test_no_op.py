@@ -1,4 +1,4 @@
-"""Derivatives by attention are those of finite differences; an unread token is a no-op, a read one not."""
+"""Derivatives by attention are finite differences; an unread token is a no-op, a read one is not."""
 
 import functools
 
