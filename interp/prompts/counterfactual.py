@@ -4,6 +4,7 @@ Patching puts what a model computed in one prompt into another: position i must 
 both, so the two have equal length and their segments stand at the same places.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
@@ -102,8 +103,9 @@ def fill(make: Make, template: str, words: Mapping[str, str], **more: Any) -> Pr
         placed.append((name, words[name], len(text)))
         text += words[name]
     segments: dict[str, Any] = {}
+    count: Counter[str] = Counter()
     for name, word, start in placed:
-        number = sum(key.split("_")[0] == name for key in segments)
+        number, count[name] = count[name], count[name] + 1
         # The same word may stand elsewhere too: this one is the occurrence that begins here.
         before = sum(text.startswith(word, at) for at in range(start))
         segments[f"{name}_{number}" if number else name] = (word, before)
