@@ -13,6 +13,7 @@ from experiments._paper import Settings
 from interp.core import Prompt
 from interp.core.errors import ModelRefused
 from interp.models.model import Model
+from interp.models.prompting import printable
 from interp.organisms import reader
 from interp.organisms.attraction import attract_to
 from interp.organisms.plant import Planted, make_room, massive_coordinate, residuals
@@ -68,8 +69,11 @@ def prompts_for(model: Model, settings: Settings) -> tuple[Prompt, ...]:
     longest = min(settings.pick(LONGEST, tiny=96), model.max_positions or LONGEST)
     count = settings.pick(8, tiny=6)
     if model.tokenizer is not None:
-        made = [model.prompt(arithmetic(settings.rng(7, i), 6 * longest)) for i in range(count)]
-        return tuple(Prompt(p.ids[:longest], tokens=p.tokens[:longest]) for p in made)
+        # Not `model.prompt`, which refuses a text that is longer than the model reads.
+        made = [model.tokenizer(arithmetic(settings.rng(7, i), 6 * longest))["input_ids"][:longest]
+                for i in range(count)]
+        return tuple(Prompt.from_tokens(ids, tokens=printable(model.tokenizer, ids))
+                     for ids in made)
     # Without a tokenizer every text is as good as random tokens.
     rng, length = settings.rng(8), min(longest, settings.pick(128, tiny=48))
     first = getattr(model.config.get_text_config(), "bos_token_id", None)

@@ -6,6 +6,7 @@ import numpy as np
 
 from interp.core import Prompt, PromptError
 from interp.organisms import backcopy, reader
+from interp.prompts.text import drawable
 
 PLACES = ("harbor", "market", "orchard", "station", "valley", "library", "kitchen", "bridge")
 WEATHER = ("warm", "cold", "windy", "quiet", "bright", "grey", "dry", "stormy")
@@ -31,9 +32,9 @@ def prose(rng: np.random.Generator, sentences: int = 4) -> str:
 
 
 def code(rng: np.random.Generator) -> str:
-    """A short function, different at every call."""
+    """A short function; two calls hardly ever give the same one."""
     a, b = rng.choice(PLACES, 2, replace=False)
-    k = int(rng.integers(2, 9))
+    k = int(rng.integers(2, 1000))
     return (
         f"def {a}_{b}(items, limit={k}):\n    total = 0\n    for i, item in enumerate(items):\n"
         f"        if item['{a}'] > limit:\n            total += item['{b}'] * {k}\n"
@@ -65,16 +66,27 @@ def natural(model: Any, count: int, length: int, rng: np.random.Generator) -> li
         raise PromptError(f"{model.name} has no tokenizer, so it cannot be given text.")
     made = []
     for _ in range(count):
-        text, n = "", 2
-        prompt = None
-        while prompt is None or len(prompt) < length:
-            text = prose(rng, n)
-            prompt = Prompt.from_tokens(model.tokenizer(text)["input_ids"])
+        ids, n = [], 2
+        while len(ids) < length:
+            if n > 8 * length:
+                raise PromptError(f"the tokenizer of {model.name} makes {len(ids)} token(s) of "
+                                  f"{n // 2} sentences, so it cannot be given text.")
+            ids = list(model.tokenizer(prose(rng, n))["input_ids"])
             n *= 2
-        ids = list(prompt.ids)
         end = ids[-1] if ids[-1] in _closing(model.tokenizer) else None
         made.append(ids[:length] if end is None else [*ids[: length - 1], end])
     return [Prompt.from_tokens(ids) for ids in made]
+
+
+def random_tokens(
+    model: Any, count: int, length: int, rng: np.random.Generator
+) -> list[Prompt]:
+    """Prompts of exactly `length` random tokens, after what starts a text of the model."""
+    front = first_ids(model)
+    special = {*front, *(getattr(model.tokenizer, "all_special_ids", None) or ())}
+    allowed = drawable(min(model.d_vocab, 50_000), special)
+    rest = length - len(front)
+    return [Prompt.from_tokens([*front, *rng.choice(allowed, rest)]) for _ in range(count)]
 
 
 def _closing(tokenizer: Any) -> set[int]:
@@ -82,7 +94,11 @@ def _closing(tokenizer: Any) -> set[int]:
 
 
 def first_ids(model: Any) -> list[int]:
-    """What the tokenizer puts in front of a text: usually one BOS token, or nothing."""
-    if model.tokenizer is None or not model.first_token_is_bos:
-        return []
-    return [model.tokenizer("a")["input_ids"][0]]
+    """What starts a text: usually one BOS token, or nothing.
+
+    As the tokenizer does it; without one, the BOS token that the configuration names.
+    """
+    if model.tokenizer is None:
+        bos = getattr(model.config.get_text_config(), "bos_token_id", None)
+        return [] if bos is None or model.kind != "decoder" else [int(bos)]
+    return [model.tokenizer("a")["input_ids"][0]] if model.first_token_is_bos else []

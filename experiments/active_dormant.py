@@ -16,11 +16,11 @@ import xarray as xr
 import interp
 from experiments._output import Output
 from experiments._paper import Paper, Settings
-from experiments._texts import code, knows, prose
+from experiments._texts import code, knows, natural, prose
 from interp.core import Claim, Prompt, Result, statistics
 from interp.figures import heat, layer_curve
 from interp.figures.style import PAGE, canvas, color
-from interp.organisms import backcopy
+from interp.organisms import backcopy, reader
 from interp.organisms.train import train
 from interp.sinks import active_dormant
 
@@ -45,6 +45,33 @@ PAPER = Paper(
 )
 SOURCE = PAPER.sources[0]
 
+RESTS = "The sink head rests on the first token where it has nothing to do."
+LEAVES = "The same head leaves the first token where it has to copy."
+CHAIN = "The loss after ordinary symbols reaches that of the chain itself."
+COPIES = "The loss after triggers nearly vanishes."
+NO_COPYING = "Removing attention causes the copying to fail."
+AS_BEFORE = "Removing attention leaves ordinary prediction as it was."
+NO_CHAIN = "Removing the MLP causes ordinary prediction to fail."
+TASK = (RESTS, LEAVES, CHAIN, COPIES, NO_COPYING, AS_BEFORE, NO_CHAIN)
+"""Claims that need to know which queries have work to do, and the best possible loss."""
+
+SOME = "Some head rests on the first token."
+GAP = "Where the sink head rests, the first key's logit stands above the others'."
+DRAIN = "The value of the first token is drained in the sink block."
+PEAK = "The residual stream of the first token peaks where it enters the sink block."
+CAUSE = "The MLPs of early blocks cause the residual peak of the first token."
+DOMAINS = "A head rests in one domain and works in the other."
+GENERAL = (GAP, DRAIN, PEAK, CAUSE, DOMAINS)
+
+AT_REST = 0.5
+"""Below this attention to the first token no head rests, and nothing follows from its resting."""
+
+LEARNED = 0.5
+"""A loss this far above the best possible one (nats) leaves nothing to lose."""
+
+ONE_BLOCK = "{} has one block, and nothing before it could make a peak"
+
+
 def run(settings: Settings, out: Output) -> None:
     for name in settings.models(PAPER):
         model = interp.open_model(name, **settings.opening())
@@ -62,7 +89,7 @@ def run(settings: Settings, out: Output) -> None:
 
 
 def _task(model: Any, settings: Settings, out: Output) -> None:
-    count, length = settings.pick((48, 128), tiny=(8, 32))
+    count, length = settings.pick((48, 128), tiny=(12, 32))
     tokens, trigger = backcopy.sample(settings.rng(1), count, length)
     trigger[:, 0] = False
     prompts = [Prompt.from_tokens(row) for row in tokens]
@@ -70,50 +97,78 @@ def _task(model: Any, settings: Settings, out: Output) -> None:
         model, prompts, [np.flatnonzero(row).tolist() for row in trigger])
     out.record(model, prompts, f"backcopy-{model.name}")
     out.save(f"measures-{model.name}", found)
-
-    first, work = found["first"].values, found["is_active"].values
-    resting = active_dormant.dormancy(first, ~work).numpy()
-    working = active_dormant.dormancy(first, work).numpy()
-    # The sink head is chosen on one half of the prompts and judged on the other.
-    choose, judge = slice(0, None, 2), slice(1, None, 2)
-    layer, head = np.unravel_index(np.nanmean(resting[choose], 0).argmax(), resting.shape[1:])
-    at = f"L{layer}H{head}"
-
-    def claim(sentence: str, estimate: Any, **more: Any) -> None:
-        out.claim(Claim(sentence, SOURCE, **{**estimate.for_claim(), **more}), model.name)
-
-    claim("The sink head rests on the first token where it has nothing to do.",
-          statistics.mean(resting[judge, layer, head]), null=0.9, figure="attention",
-          details={"head": at, "alpha": "mean attention to token 0 over non-trigger queries"})
-    claim("The same head leaves the first token where it has to copy.",
-          statistics.mean(working[judge, layer, head]), null=0.1, direction="below",
-          figure="attention", details={"head": at})
-    _risks(model, tokens, claim, settings)
-
-    gap = found["gap"].values[:, layer, head]
-    gap = np.where(work, np.nan, gap)
-    claim("At resting queries the first key's logit stands above the others'.",
-          statistics.mean(np.nanmean(gap, -1)[judge]), null=0.0, unit="nats", figure="norms",
-          paper_number="18.93 (two blocks)", paper_tag="code", details={"head": at})
-    drain = active_dormant.first_over_others(found["value_norm"].mean("kv_head")).values
-    claim("The value of the first token is drained in the sink block.",
-          statistics.mean(drain[judge, layer]), null=0.5, direction="below", figure="norms",
-          statistic="norm of v at token 0 / mean of the others", details={"layer": int(layer)})
-    if model.n_layers < 2:
-        out.claim(Claim.untestable(
-            "The residual stream of the first token peaks where it enters the sink block.", SOURCE,
-            "the model has one block, and nothing before it could make a peak",
-            paper_number="106.1 (two blocks)", paper_tag="code"), model.name)
+    claim = _claims(model, out)
+    work = found["is_active"].values
+    layer, head, resting = _sink_head(found, ~work)
+    claim(RESTS, resting, null=0.9, figure="attention", details={
+        "head": f"L{layer}H{head}", "alpha": "mean attention to token 0 over non-trigger queries"})
+    working = active_dormant.dormancy(found["first"].values, work).numpy()[1::2, layer, head]
+    # A short prompt may have no trigger at all.
+    working = working[np.isfinite(working)]
+    if resting.value < AT_REST or not len(working):
+        claim(LEAVES, _no_rest(model, resting) if len(working) else
+              "no prompt of this run has a trigger")
     else:
-        ratio = active_dormant.first_over_others(found["peak_in"]).values[judge, layer]
-        claim("The residual stream of the first token peaks where it enters the sink block.",
-              statistics.mean(ratio), null=1.2, figure="norms",
-              paper_number="gap 106.1 (two blocks)", paper_tag="code",
-              statistic="norm at token 0 / mean of the others", details={"layer": int(layer)})
+        claim(LEAVES, statistics.mean(working), null=0.1, direction="below", figure="attention",
+              details={"head": f"L{layer}H{head}"})
+    _risks(model, tokens, claim, settings)
+    _around(model, found, (layer, head), resting, claim, ~work, {
+        GAP: "18.93 (two blocks)", PEAK: "gap 106.1 (two blocks)"})
     _draw(model, found, out, prompts[0])
-    _components(model, prompts[: settings.pick(16, tiny=4)], out)
-    busy, idle = _two_domains(settings, *settings.pick((24, 96), tiny=(8, 32)))
+    _components(model, prompts[: settings.pick(16, tiny=12)], resting, out)
+    busy, idle = _two_domains(settings, *settings.pick((24, 96), tiny=(10, 32)))
     _domains(model, {"with triggers": busy, "without triggers": idle}, out)
+
+
+def _claims(model: Any, out: Output) -> Any:
+    """A function that states a claim about the model, from an estimate or a reason against it."""
+    def claim(sentence: str, found: Any, paper_number: str = "", **more: Any) -> None:
+        number = {"paper_number": paper_number, "paper_tag": "code"} if paper_number else {}
+        made = Claim.untestable(sentence, SOURCE, found, **number) if isinstance(found, str) else \
+            Claim(sentence, SOURCE, **{**found.for_claim(), **number, **more})
+        out.claim(made, model.name)
+
+    return claim
+
+
+def _sink_head(found: Result, queries: Any = None) -> tuple[int, int, statistics.Estimate]:
+    """The head that rests most on one half of the prompts, and how much it does on the other."""
+    resting = active_dormant.dormancy(found["first"].values, queries).numpy()
+    layer, head = np.unravel_index(np.nanmean(resting[::2], 0).argmax(), resting.shape[1:])
+    return int(layer), int(head), statistics.mean(resting[1::2, layer, head])
+
+
+def _no_rest(model: Any, resting: statistics.Estimate) -> str:
+    return (f"no head of {model.name} rests on the first token: the strongest gives it "
+            f"{resting.value:.2f} of its attention ({AT_REST} is needed)")
+
+
+def _around(
+    model: Any, found: Result, at: tuple[int, int], resting: statistics.Estimate, claim: Any,
+    queries: Any, numbers: dict[str, str],
+) -> None:
+    """What comes with a resting head: its logits, its values, and the residual that it reads."""
+    layer, head = at
+    more = {key: {"paper_number": number} for key, number in numbers.items()}
+    if resting.value < AT_REST:
+        for sentence in (GAP, DRAIN, PEAK):
+            claim(sentence, _no_rest(model, resting), **more.get(sentence, {}))
+        return
+    gap = found["gap"].values[1::2, layer, head]
+    gap = np.where(np.ones_like(gap, bool) if queries is None else queries[1::2], gap, np.nan)
+    # Of queries 0 and 1, and of those that a window keeps from the first key, there is no gap.
+    gap = np.nanmean(gap[np.isfinite(gap).any(-1)], -1)
+    claim(GAP, statistics.mean(gap) if len(gap) else "no query of that head sees the first key",
+          null=0.0, unit="nats", figure="norms", details={"head": f"L{layer}H{head}"},
+          **more.get(GAP, {}))
+    drain = active_dormant.first_over_others(found["value_norm"].mean("kv_head")).values
+    claim(DRAIN, statistics.mean(drain[1::2, layer]), null=0.5, direction="below", figure="norms",
+          statistic="norm of v at token 0 / mean of the others", details={"layer": layer},
+          **more.get(DRAIN, {}))
+    ratio = active_dormant.first_over_others(found["peak_in"]).values[1::2, layer]
+    claim(PEAK, statistics.mean(ratio) if model.n_layers > 1 else ONE_BLOCK.format(model.name),
+          null=1.2, figure="norms", statistic="norm at token 0 / mean of the others",
+          details={"layer": layer}, **more.get(PEAK, {}))
 
 
 def _risks(model: Any, tokens: np.ndarray, claim: Any, settings: Settings) -> None:
@@ -137,24 +192,31 @@ def _risks(model: Any, tokens: np.ndarray, claim: Any, settings: Settings) -> No
 
     # A short prompt may have no trigger at all, and then no copy risk.
     both = np.isfinite(column("untouched", "copy"))
-    claim("The loss after ordinary symbols reaches that of the chain itself.",
-          statistics.mean(column("untouched", "bigram_excess")), null=0.0, direction="equal",
-          tolerance=0.05, unit="nats above the oracle", paper_number="2.2299 (oracle 2.2299)",
-          paper_tag="code")
-    claim("The loss after triggers nearly vanishes.",
-          statistics.mean(column("untouched", "copy")[both]), null=0.05, direction="below",
-          unit="nats", paper_number="5.5e-06 after 100,000 steps (one block)", paper_tag="code")
-    gone = column("attention", "copy")[both] - column("untouched", "copy")[both]
-    claim("Removing attention causes the copying to fail.", statistics.mean(gone), null=1.0,
-          unit="nats", paper_number="copy risk 7.69", paper_tag="code", causal=True,
-          control="the change of the bigram risk under the same edit, next claim")
+    excess = statistics.mean(column("untouched", "bigram_excess"))
+    claim(CHAIN, excess, null=0.0, direction="equal", tolerance=0.05,
+          unit="nats above the oracle", paper_number="2.2299 (oracle 2.2299)")
+    if not both.any():
+        for sentence in (COPIES, NO_COPYING):
+            claim(sentence, "no prompt of this run has a trigger")
+    else:
+        copying = statistics.mean(column("untouched", "copy")[both])
+        claim(COPIES, copying, null=0.05, direction="below", unit="nats",
+              paper_number="5.5e-06 after 100,000 steps (one block)")
+        gone = column("attention", "copy")[both] - column("untouched", "copy")[both]
+        claim(NO_COPYING, statistics.mean(gone) if copying.value < LEARNED else
+              f"{model.name} does not copy: its loss after triggers is {copying.value:.2f} nats",
+              null=1.0, unit="nats", paper_number="copy risk 7.69", causal=True,
+              control="the change of the bigram risk under the same edit, next claim")
+    ignorant = "" if excess.value < LEARNED else (
+        f"{model.name} does not know the chain: its loss after ordinary symbols is "
+        f"{excess.value:.2f} nats above the oracle")
     lost = column("attention", "bigram") - column("untouched", "bigram")
-    claim("Removing attention leaves ordinary prediction as it was.", statistics.mean(lost),
-          null=0.0, direction="equal", tolerance=0.2, unit="nats", paper_number="unchanged",
-          paper_tag="code", causal=True, control="the copy risk under the same edit")
+    claim(AS_BEFORE, ignorant or statistics.mean(lost), null=0.0, direction="equal", tolerance=0.2,
+          unit="nats", paper_number="unchanged", causal=True,
+          control="the copy risk under the same edit")
     lost = column("MLP", "bigram") - column("untouched", "bigram")
-    claim("Removing the MLP causes ordinary prediction to fail.", statistics.mean(lost), null=0.2,
-          unit="nats", paper_number="4.21 against 2.23", paper_tag="code", causal=True,
+    claim(NO_CHAIN, ignorant or statistics.mean(lost), null=0.2, unit="nats",
+          paper_number="4.21 against 2.23", causal=True,
           control="removing attention instead, previous claim")
 
 
@@ -177,52 +239,67 @@ def _two_domains(settings: Settings, count: int, length: int) -> tuple[list[Prom
 
 
 def _any(model: Any, settings: Settings, out: Output) -> None:
-    if model.kind != "decoder" or model.tokenizer is None:
-        reason = (f"{model.name} is an encoder: every query sees every key, so no key is first"
-                  if model.kind != "decoder" else f"{model.name} has no tokenizer for texts")
+    claim = _claims(model, out)
+    for sentence in TASK:
+        claim(sentence, f"it is about the Bigram-Backcopy task, and {model.name} has another "
+              "vocabulary")
+    domains, reason = _texts(model, settings)
+    if reason:
         for name in ("attention", "norms", "components", "domains"):
             out.no_figure(name, reason, of=model.name)
-        out.claim(Claim.untestable("Heads rest on the first token.", SOURCE, reason), model.name)
+        for sentence in (SOME, *GENERAL):
+            claim(sentence, reason)
         return
-    count = settings.pick(24, tiny=8)
-    rng = settings.rng(4)
-    texts = {"code": [code(rng) for _ in range(count)], "prose": [prose(rng) for _ in range(count)]}
-    domains = {name: [model.prompt(text) for text in many] for name, many in texts.items()}
-    # Equal lengths: the first token's share depends on how many keys there are.
-    shortest = min(len(p) for many in domains.values() for p in many)
-    domains = {name: [_cut(p, min(shortest, 64)) for p in many] for name, many in domains.items()}
     prompts = domains["prose"]
     found = active_dormant.measure(model, prompts)
     out.record(model, prompts, f"prose-{model.name}")
     out.save(f"measures-{model.name}", found)
-
-    def claim(sentence: str, estimate: Any, **more: Any) -> None:
-        out.claim(Claim(sentence, SOURCE, **{**estimate.for_claim(), **more}), model.name)
-
-    resting = active_dormant.dormancy(found["first"].values).numpy()
-    choose, judge = slice(0, None, 2), slice(1, None, 2)
-    layer, head = np.unravel_index(np.nanmean(resting[choose], 0).argmax(), resting.shape[1:])
+    layer, head, resting = _sink_head(found)
     chance = float(np.mean(1 / np.arange(2, found["first"].sizes["query"] + 1)))
-    claim("Some head rests on the first token.",
-          statistics.mean(resting[judge, layer, head]), null=max(0.5, chance), figure="attention",
+    claim(SOME, resting, null=max(AT_REST, chance), figure="attention",
           details={"head": f"L{layer}H{head}", "uniform attention": chance})
-    drain = active_dormant.first_over_others(found["value_norm"].mean("kv_head")).values
-    claim("The value of the first token is drained in the sink block.",
-          statistics.mean(drain[judge, layer]), null=0.5, direction="below", figure="norms",
-          paper_number="0.05 against 0.08 to 0.46 (Llama-3.1-8B, L0H31)", paper_tag="code")
+    _around(model, found, (layer, head), resting, claim, None, {
+        DRAIN: "0.05 against 0.08 to 0.46 (Llama-3.1-8B, L0H31)"})
     _draw(model, found, out, prompts[0])
-    _components(model, prompts[: settings.pick(8, tiny=4)], out)
-    _domains(model, domains, out)
+    _components(model, prompts[: settings.pick(12, tiny=12)], resting, out)
+    if "code" in domains:
+        _domains(model, domains, out)
+    else:
+        reason = f"the language of {model.name} has no code to compare with"
+        out.no_figure("domains", reason, of=model.name)
+        claim(DOMAINS, reason)
 
 
-def _cut(prompt: Prompt, length: int) -> Prompt:
-    return Prompt(prompt.ids[:length], tokens=prompt.tokens[:length])
+def _texts(model: Any, settings: Settings) -> tuple[dict[str, list[Prompt]], str]:
+    """Prose and code of one length, or why the model cannot be given them."""
+    if model.kind != "decoder":
+        return {}, f"{model.name} is an encoder: every query sees every key, so no key is first"
+    if model.tokenizer is None:
+        return {}, f"{model.name} has no tokenizer for texts"
+    count, rng = settings.pick(24, tiny=12), settings.rng(4)
+    longest = min(64, model.max_positions or 64)
+    if knows(model, reader):
+        return {"prose": natural(model, count, longest, rng)}, ""
+    texts = {"code": [code(rng) for _ in range(count)], "prose": [prose(rng) for _ in range(count)]}
+    ids = {name: [list(model.tokenizer(text)["input_ids"]) for text in many]
+           for name, many in texts.items()}
+    # Equal lengths: the first token's share depends on how many keys there are.
+    length = min(longest, *(len(one) for many in ids.values() for one in many))
+    if length < 3:
+        return {}, f"the tokenizer of {model.name} makes {length} token(s) of some texts"
+    cut = {name: [one[:length] for one in many] for name, many in ids.items()}
+    unknown = np.mean(np.array(cut["prose"]) == model.tokenizer.unk_token_id)
+    if unknown > 0.5:
+        return {}, f"the tokenizer of {model.name} does not know {unknown:.0%} of plain English"
+    return {name: [Prompt.from_tokens(one) for one in many] for name, many in cut.items()}, ""
 
 
-def _components(model: Any, prompts: Sequence[Prompt], out: Output) -> None:
-    sentence = "The MLPs of early blocks cause the residual peak of the first token."
+def _components(
+    model: Any, prompts: Sequence[Prompt], resting: statistics.Estimate, out: Output
+) -> None:
+    sentence = CAUSE
     if model.n_layers < 2:
-        reason = "the model has one block, and nothing before it could make a peak"
+        reason = ONE_BLOCK.format(model.name)
         out.no_figure("components", reason, of=model.name)
         out.claim(Claim.untestable(sentence, SOURCE, reason), model.name)
         return
@@ -236,13 +313,18 @@ def _components(model: Any, prompts: Sequence[Prompt], out: Output) -> None:
     ax.axhline(active_dormant.NEEDED_BELOW, color=color("control"), linewidth=0.8, linestyle=":")
     ax.set_title(f"{model.name}: peak leaving block {found.manifest['read_layer']}")
     out.figure("components", figure, of=model.name)
+    if resting.value < AT_REST:
+        out.claim(Claim.untestable(sentence, SOURCE, _no_rest(model, resting)), model.name)
+        return
     ratio = float(active_dormant.first_over_others(_peaks(model, prompts, found)).mean())
     if ratio < 1.2:
         out.claim(Claim.untestable(
-            sentence, SOURCE, f"there is no peak to explain: at its highest the first token's "
-            f"norm is {ratio:.2f} times the others'"), model.name)
+            sentence, SOURCE, f"{model.name} has no peak to explain: at its highest the first "
+            f"token's norm is {ratio:.2f} times the others'"), model.name)
         return
-    mlp = share.sel(component="MLP").mean("prompt").argmin().item()
+    # The block is chosen on one half of the prompts and judged on the other.
+    share, choose = share.isel(prompt=slice(1, None, 2)), share.isel(prompt=slice(0, None, 2))
+    mlp = int(choose.sel(component="MLP").mean("prompt").argmin())
     control = share.sel(component="attention").isel(layer=mlp)
     removed = share.sel(component="MLP").isel(layer=mlp)
     estimate = statistics.difference(removed.values, control.values)
@@ -276,7 +358,7 @@ def _domains(model: Any, domains: dict[str, list[Prompt]], out: Output) -> None:
     heat.draw(ax, found["difference"], label=f"rest on token 0: {a} minus {b}", signed=True)
     ax.set_title(f"{model.name}: {a} against {b}")
     out.figure("domains", figure, of=model.name)
-    sentence = "A head rests in one domain and works in the other."
+    sentence = DOMAINS
     chosen = found["chosen"].values
     if not chosen.any():
         out.claim(Claim.untestable(

@@ -129,6 +129,9 @@ def _unfit(model: Any) -> str:
         return f"{model.name} has no image processor here, so pictures cannot be given to it"
     if model.kind != "decoder":
         return f"{model.name} is no decoder: the text after an image does not read it causally"
+    if model.n_layers < 3:
+        return (f"{model.name} has {model.n_layers} block(s), and visual sinks exist from layer 2 "
+                "on")
     return ""
 
 
@@ -231,9 +234,11 @@ def _one(model: Any, settings: Settings, out: Output) -> None:
     sinks = [visual.sinks_by_layer(found, i, image_only=True) for i in range(len(prompts))]
     counts = np.array([len({p for places in s.values() for p in places}) for s in sinks])
 
-    def claim(index: int, estimate: Any, **more: Any) -> None:
-        out.claim(Claim(CLAIMS[index], SOURCE, **{
-            **estimate.for_claim(), **_number(index), **more}), model.name)
+    def claim(index: int, found: Any, **more: Any) -> None:
+        made = Claim.untestable(CLAIMS[index], SOURCE, found, **_number(index)) \
+            if isinstance(found, str) else \
+            Claim(CLAIMS[index], SOURCE, **{**found.for_claim(), **_number(index), **more})
+        out.claim(made, model.name)
 
     _in_dimensions(found, discovery, claim, details)
     with_sinks = np.flatnonzero(counts > 0)
@@ -350,8 +355,8 @@ def _same_cells(
             pair.append({p - start for places in by_layer.values() for p in places})
         sets.append(pair)
     if len(sets) < 5:
-        claim(1, statistics.Estimate(float("nan"), (float("nan"),) * 2, len(sets), "Jaccard"),
-              null=0.0)
+        claim(1, f"only {len(sets)} pictures with visual sinks have a second question (5 are "
+              "needed)")
         return
     same = [_jaccard(a, b) for a, b in sets]
     others = [_jaccard(sets[i][0], sets[(i + 1) % len(sets)][0]) for i in range(len(sets))]
@@ -379,8 +384,9 @@ def _birth(found: Result, claim: Any, model: Any) -> None:
         alive = [flags[first : last + 1, p].mean() for p, first in
                  zip(np.flatnonzero(ever), flags[:, ever].argmax(0)) if first <= last]
         shares.append(float(np.mean(alive)))
-    claim(2, statistics.mean(shares), null=0.9, figure="birth", details={
-        "birth layer, median": float(np.median(births)), "birth layers": sorted(set(births))},
+    claim(2, statistics.mean(shares) if shares else
+          f"no visual sink of {model.name} is born before layer {last}", null=0.9, figure="birth", details={
+        "birth layer, median": float(np.median(births)) if births else None, "birth layers": sorted(set(births))},
         statistic="share of the layers from birth to 80 % depth in which a visual sink stays one")
 
 
@@ -442,10 +448,12 @@ def _contribution(model: Any, found: Result, claim: Any, out: Output) -> None:
     out.figure("contribution", figure, of=model.name)
     sink, other = means["contribution"]["visual sinks"], means["contribution"]["other image tokens"]
     ratio = sink / other
-    claim(5, statistics.mean(ratio[np.isfinite(ratio)]), null=1.0, direction="below",
-          figure="contribution", unit="times", details={
-              "attention received, ratio": float(np.nanmean(
-                  means["received"]["visual sinks"] / means["received"]["other image tokens"]))},
+    known = np.isfinite(ratio)
+    attended = means["received"]["visual sinks"] / means["received"]["other image tokens"]
+    claim(5, statistics.mean(ratio[known]) if known.any() else
+          f"every image token of {model.name} is a visual sink somewhere, or attention says "
+          "nothing about them", null=1.0, direction="below", figure="contribution", unit="times",
+          details={"attention received, ratio": float(np.mean(attended[known]))},
           statistic="attention x value norm, visual sinks over other image tokens")
 
 
@@ -560,12 +568,16 @@ def _redistribution(
     gains: dict[str, list[float]] = {name: [] for name in plans}
     right: dict[str, list[float]] = {name: [] for name in ("untouched", *plans)}
     chosen = data[: settings.pick(48, tiny=6)]
+    # The paper leaves out the last layer and those before sinks exist.
+    early = range(2, model.n_layers - 1)
+    if not any(k in early for i in range(len(chosen)) for k in visual.sinks_by_layer(found, i)):
+        _give_up(model.name, f"{model.name} has no sinks between layer 2 and its last, "
+                 f"{model.n_layers - 1}, which is left out", out, ("redistribution",), (8, 9, 10))
+        return
     for number, case in enumerate(chosen):
         later = visual.after_image(case.prompt)
         prompt = case.prompt.with_segments(**{"after image": list(later)})
-        # The paper leaves out the last layer and those before sinks exist.
-        sinks = {k: v for k, v in visual.sinks_by_layer(found, number).items()
-                 if k < model.n_layers - 1}
+        sinks = {k: v for k, v in visual.sinks_by_layer(found, number).items() if k in early}
         base = model.run(prompt, logits="last").logits[0][-1].log_softmax(-1)
         right["untouched"].append(float(int(base.argmax()) == case.answer))
         for name, more in plans.items():

@@ -168,10 +168,12 @@ def _dtype(dtype: Union[str, torch.dtype, None]) -> Any:
 
 def _tokenizer(where: str, given: dict[str, Any]) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(where, **given)
+        found = AutoTokenizer.from_pretrained(where, **given)
     except (OSError, ValueError, KeyError, TypeError):
         # Token ids still work; `Model.prompt` says what is missing when text is given.
         return None
+    # Without its files, transformers makes up a tokenizer of special tokens alone.
+    return found if set(found.get_vocab()) - set(found.all_special_tokens) else None
 
 
 def _sentence(error: Exception) -> str:

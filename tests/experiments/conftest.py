@@ -1,9 +1,12 @@
 """A laboratory: a folder of experiments made up for one test, in place of the real ones."""
 
+import string
 import sys
 import textwrap
 
 import pytest
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 import experiments
 import experiments._output
@@ -90,3 +93,23 @@ def lab(tmp_path, monkeypatch):
         if name.startswith("experiments."):
             del sys.modules[name]
             monkeypatch.delattr(experiments, name.split(".")[1], raising=False)
+
+
+@pytest.fixture(scope="session")
+def letters():
+    """A tokenizer of single characters with a start token, for the vocabulary of the tiny models.
+
+    Ids 93 to 96 are those of the tiny vision-language models' image tokens.
+    """
+    known = ["<unk>", "<s>", "</s>", *string.ascii_letters, *string.digits,
+             *"\n .,;:'()[]{}_=+*-/<>?!#%&@$"]
+    assert len(known) == 93
+    edges = ["<|vision_end|>", "<|vision_start|>", "<|video_pad|>", "<image>"]
+    vocabulary = {token: i for i, token in enumerate([*known, *edges])}
+    made = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex("(?m:.)"), "isolated")
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        additional_special_tokens=edges)

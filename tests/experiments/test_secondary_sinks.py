@@ -14,7 +14,6 @@ from experiments import _planted_benchmark, _sink_subjects, secondary_sinks
 from experiments.__main__ import app
 from experiments._output import Output, execute
 from experiments._paper import Settings, load
-from interp.core import Prompt
 from interp.models.model import Model
 from interp.organisms import reader
 from interp.organisms.plant import massive_coordinate, primary_sink, secondary_sink
@@ -200,19 +199,12 @@ def test_arithmetic_is_right_and_long_enough():
     assert starts[1:] == ends[:-1]
 
 
-def test_a_text_is_cut_to_the_context_of_the_model(folders):
-    hf = reader.build(0, d_model=48, layers=1, heads=4)
-    hf.config.max_position_embeddings = 40
-
-    class Words:
-        bos_token_id, cls_token_id = 0, None
-
-        def get_vocab(self):
-            return {"other": 1}
-
-    model = Model(hf, "short", tokenizer=Words())
-    model.prompt = lambda text: Prompt.from_tokens([0] * 500)
-    assert {len(p) for p in _sink_subjects.prompts_for(model, Settings.of())} == {40}
+def test_a_text_is_cut_to_the_context_of_the_model(tiny, letters):
+    # Six characters per token are allowed for, and this tokenizer has one.
+    model = Model(tiny("llama"), "short", tokenizer=letters)
+    prompts = _sink_subjects.prompts_for(model, Settings.of())
+    assert {len(p) for p in prompts} == {model.max_positions} == {640}
+    assert prompts[0].tokens[:8] == ("<s>", *"Problem")
 
 
 # -- the benchmark ----------------------------------------------------------------------------
