@@ -1,5 +1,6 @@
 """Sweeps: a planted necessary head is told from its controls; killed sweeps go on."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -24,7 +25,7 @@ NEEDED = "L1H3"
 @pytest.fixture(scope="module")
 def model(tiny):
     """A Llama in which one head writes far more than the others."""
-    hf = tiny("llama")
+    hf = copy.deepcopy(tiny("llama"))
     with torch.no_grad():
         attention = hf.model.layers[1].self_attn
         width = attention.head_dim
