@@ -21,7 +21,7 @@ CLUSTER = "Heads of one layer attend alike."
 
 
 def planted(tiny):
-    """A GPT-2 in which L0H1 reads the previous token, and all heads of layer 1 the separators."""
+    """A GPT-2 in which L0H1 reads the previous token, and all later heads the separators."""
     hf = copy.deepcopy(tiny("gpt2"))
     n, end, axis = 64, hf.config.eos_token_id, 40
     angles = torch.arange(n)[:, None] * torch.tensor([0.3, 0.9, 1.7, 2.5])
@@ -32,7 +32,7 @@ def planted(tiny):
         # Places are circles, so that a turn takes each to the one before.
         hf.transformer.wpe.weight.zero_()
         hf.transformer.wpe.weight[:n, :16] = torch.cat([code, -code], -1)
-        first, second = hf.transformer.h[0], hf.transformer.h[1]
+        first, *later = hf.transformer.h
         solve = torch.linalg.pinv(first.ln_1(hf.transformer.wpe.weight[:n]).double()).float()
         for part, target in ((0, 12 * code[(torch.arange(n) - 1).clamp_min(0)]), (1, code)):
             columns = slice(48 * part + 8, 48 * part + 16)
@@ -43,9 +43,10 @@ def planted(tiny):
         for block in hf.transformer.h:
             block.attn.c_proj.weight[:, axis] = 0
             block.mlp.c_proj.weight[:, axis] = 0
-        second.attn.c_attn.weight[:, :96] = 0
-        second.attn.c_attn.bias[:48] = 1.0
-        second.attn.c_attn.weight[axis, 48:96] = 3.0
+        for block in later:
+            block.attn.c_attn.weight[:, :96] = 0
+            block.attn.c_attn.bias[:48] = 1.0
+            block.attn.c_attn.weight[axis, 48:96] = 3.0
     return hf
 
 
