@@ -248,7 +248,7 @@ def measure(
                 samples.setdefault(key, []).append(value.numpy())
             visible = np.flatnonzero(np.isfinite(values).any((0, 1)))
             nulls.append(np.mean([
-                score(attention, rng.choice(visible, len(image), replace=False),
+                score(attention, rng.choice(visible, min(len(image), len(visible)), replace=False),
                       normalize=normalize).numpy() for _ in range(permutations)
             ] or [np.full(attention.shape[:2], np.nan)], 0))
     return _result(model, samples, np.stack(nulls), np.stack(seen).all(0), layers, {
