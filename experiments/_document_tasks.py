@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments._texts import knows
 from interp.core import PromptError
-from interp.organisms import reader
+from interp.organisms import backcopy, reader
 from interp.prompts import documents
 from interp.prompts.documents import Documents
 
@@ -33,6 +33,8 @@ def questions(
     """
     if model.kind == "encoder":
         raise PromptError(f"{model.name} is an encoder: it answers no questions")
+    if knows(model, backcopy):
+        raise PromptError(f"the language of {model.name} has no facts to ask for")
     at = places(count, n_places)
     if knows(model, reader):
         return documents.synthetic(reader, rng, at, count=count, each=each,

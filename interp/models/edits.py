@@ -363,7 +363,9 @@ class Edits:
                     chosen[heads] = True
                     rows &= chosen[:, None]
                 if isinstance(one, Reweigh):
-                    p = reweigh_rows(p, rows, entry[3].among(keys), one.factor, one.power)
+                    here = slice(None) if heads is None else heads
+                    p, part = p.clone(), (rows[here], entry[3].among(keys))
+                    p[here] = reweigh_rows(p[here], *part, one.factor, one.power)
                     continue
                 sinks, target, image = entry[3:]
                 sink = sinks.among(keys)

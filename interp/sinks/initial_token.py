@@ -95,7 +95,7 @@ def sweep(
     answers: Sequence[Sequence[SupportsIndex]],
     writes: Sequence[Union[Reweigh, Sequence[Reweigh]]],
     *,
-    valid: Optional[Callable[[int, list[int]], bool]] = None,
+    valid: Optional[Callable[[int, int], bool]] = None,
     batch_size: int = 8,
 ) -> Result:
     """Accuracy, share of valid answers and entropy under each of several interventions.
@@ -109,37 +109,45 @@ def sweep(
         (('step', 'prompt'), ('step', 'prompt'))
 
     Args:
-        answers: token ids; an answer is correct if it is what the model generates, token by token.
+        answers: token ids; an answer is correct if greedy decoding gives it, token by token.
         writes: one entry per step of the sweep.
-        valid: (number of the prompt, generated ids) -> whether that is an answer at all; every
-            generation is one for None. A gain in accuracy may only be a gain in valid answers, so
-            report both, and accuracy among the valid.
+        valid: (number of the prompt, first token said) -> whether that begins an answer at all;
+            every token does for None. A gain in accuracy may only be a gain in valid answers, so
+            report both, and the accuracy among the valid.
 
     Returns:
-        `correct`, `valid` (0 or 1), `entropy` (of the first answer token, nats) [step, prompt].
+        `correct`, `valid` (0 or 1), `log_prob` (mean per answer token, nats), `entropy` (of the
+        first answer token, nats) [step, prompt].
     """
     if not prompts or len(prompts) != len(answers):
         raise PromptError(f"{len(answers)} answers for {len(prompts)} prompts: give one for each.")
     wanted = [[int(token) for token in answer] for answer in answers]
-    longest = max(map(len, wanted))
     if not all(wanted):
         raise PromptError("an answer is empty: give its token ids.")
-    rows: dict[str, list] = {"correct": [], "valid": [], "entropy": []}
-    for write in writes:
-        run = model.run(list(prompts), write=write, new_tokens=longest - 1, logits="last",
-                        batch_size=batch_size)
-        said = []
-        for logits, made in zip(run.logits, run.new_tokens):
-            # Rows: one per generated token, and one more that decides the last.
-            said.append([*made, int(logits[-1].argmax())])
-        rows["correct"].append([s[: len(a)] == a for s, a in zip(said, wanted)])
-        rows["valid"].append([True if valid is None else bool(valid(i, s))
-                              for i, s in enumerate(said)])
-        rows["entropy"].append([
-            float(entropy(logits[logits.shape[0] - longest])) for logits in run.logits])
-    data = xr.Dataset({name: (("step", "prompt"), np.array(values, dtype=float))
-                       for name, values in rows.items()})
-    data["entropy"].attrs["units"] = "nats"
+    names = ("correct", "valid", "log_prob", "entropy")
+    values = {name: np.zeros((len(writes), len(prompts))) for name in names}
+    groups: dict[int, list[int]] = {}
+    for number, answer in enumerate(wanted):
+        groups.setdefault(len(answer), []).append(number)
+    for step, write in enumerate(writes):
+        for length, numbers in groups.items():
+            run = model.run(
+                [prompts[i] for i in numbers], write=write, logits="last", batch_size=batch_size,
+                # The last token of an answer decides nothing: it need not be fed.
+                new_tokens=[wanted[i][:-1] for i in numbers],
+            )
+            for i, logits in zip(numbers, run.logits):
+                rows = logits[-length:].float()
+                said, log_p = rows.argmax(-1).tolist(), rows.log_softmax(-1)
+                found = (
+                    said == wanted[i], valid is None or valid(i, said[0]),
+                    log_p[range(length), wanted[i]].mean(), entropy(rows[0]),
+                )
+                for name, value in zip(names, found):
+                    values[name][step, i] = float(value)
+    data = xr.Dataset({name: (("step", "prompt"), value) for name, value in values.items()})
+    for name in ("log_prob", "entropy"):
+        data[name].attrs["units"] = "nats"
     return Result(data, {**model.manifest(), "measure": "initial_token", "n_prompts": len(prompts)})
 
 

@@ -87,7 +87,8 @@ def reweigh_rows(
     Source: arXiv:2505.11739: D = (gamma - 1) a_0 + 1, a_0' = gamma a_0 / D, a_i' = a_i / D.
     """
     wide = attention.to(torch.promote_types(attention.dtype, torch.float32))
-    on, off = wide[..., keys].sum(-1, keepdim=True), wide[..., ~keys].sum(-1, keepdim=True)
+    on = wide[..., keys].sum(-1, keepdim=True)
+    off = (wide @ (~keys).to(wide.dtype))[..., None]  # sums without a copy of the rows
     rows = rows[..., None] & (on > 0) & (off > 0)
     total = (on + off).clamp_min(1e-37)
     if power is None:
@@ -98,5 +99,7 @@ def reweigh_rows(
         share = (on / total).clamp_min(1e-37)
         up = share ** (power - 1.0)
         down = (1.0 - share**power) * total / off.clamp_min(1e-37)
-    scale = torch.where(keys, up, down)
-    return attention * scale.where(rows, scale.new_ones(())).to(attention.dtype)
+    one = wide.new_ones(())
+    changed = wide * down.where(rows, one)
+    changed[..., keys] = wide[..., keys] * up.where(rows, one)
+    return changed.to(attention.dtype)
