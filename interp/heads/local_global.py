@@ -15,7 +15,7 @@ import torch
 import xarray as xr
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from scipy.stats import kurtosis, rankdata
+from scipy.stats import rankdata
 from torch import Tensor
 
 from interp.core import Prompt, PromptError, Result, ablate
@@ -95,7 +95,9 @@ def measure(
         `standard_error`, `null`, `eligible`, `rank` (mean quantile of the span within each
         prompt, since spans grow with its length), `local`, `global`, `receiver`. A head with a
         window shorter than `high` is no candidate for a global one. Per sample and position:
-        `waad`, `delta`, `fai`, `fai_receiver`, `entropy` (of the model's prediction of this token,
+        `waad`, `delta`, `fai`, `fai_receiver`, the same with `_uniform` behind (of uniform attention
+        in the masks of those heads: attention on a token thins out as the text grows, so that raw
+        FAI falls from the first token on), `entropy` (of the model's prediction of this token,
         nats), NaN outside of the rows that count.
 
     Raises:
@@ -175,8 +177,7 @@ def _spans(
         # The last keys are received by few rows.
         keys = slice(first, int(where[-1]) - low + 1)
         received = run.stats["received"].isel(prompt=0, key=keys)
-        made["kurtosis"] = ("layer", "head"), kurtosis(
-            received.values, axis=-1, nan_policy="omit")
+        made["kurtosis"] = ("layer", "head"), _kurtosis(received.values.astype(float))
         parts.append(made)
     return xr.concat(parts, "sample")
 
@@ -227,7 +228,8 @@ def _curves(
     """WAAD, FAI and the entropy at every position that counts."""
     near, later = [-j for j in range(window)], [-j for j in range(low, high + 1)]
     longest = max(map(len, prompts))
-    names = ("waad", "delta", "fai", "fai_receiver", "entropy")
+    names = ("waad", "delta", "fai", "fai_uniform", "fai_receiver", "fai_receiver_uniform", "entropy")
+    every = [(layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
     made = {name: np.full((len(prompts), longest), np.nan) for name in names}
     for number, (prompt, where) in enumerate(zip(prompts, rows)):
         run = model.run(prompt, stats=[_band(data["local"], near), "row_deficit"])
@@ -240,10 +242,13 @@ def _curves(
             made["waad"][number, where] = curve[where]
             made["delta"][number, where] = change(curve[where])
         for name, chosen in (("fai", "global"), ("fai_receiver", "receiver")):
-            if bool(data[chosen].any()):
-                bands = model.run(prompt, stats=[_band(data[chosen], later)], logits="none")
-                mean = _mean_band(bands.stats["offsets"], data[chosen])
-                made[name][number, where] = _received(mean, where, low, high)[where]
+            if not bool(data[chosen].any()):
+                continue
+            for ending, write in (("", []), ("_uniform", [ablate(every, by="uniform")])):
+                bands = model.run(prompt, write=write, stats=[_band(data[chosen], later)],
+                                  logits="none").stats["offsets"]
+                found = _received(_mean_band(bands, data[chosen]), where, low, high)
+                made[name + ending][number, where] = found[where]
         logits = run.logits[0].log_softmax(-1)
         spread = -(logits.exp() * logits).nansum(-1).numpy()
         # The row before a token predicts it.
@@ -276,6 +281,17 @@ def _received(band: np.ndarray, where: np.ndarray, low: int, high: int) -> np.nd
             total[: n - back] += np.where(use, band[back:, column], 0.0)
             number[: n - back] += use
     return np.where(number > 0, total / np.maximum(number, 1), np.nan)
+
+
+def _kurtosis(received: np.ndarray) -> np.ndarray:
+    """Excess kurtosis over keys; NaN where a head shows fewer than four of them or all alike."""
+    known = np.isfinite(received)
+    count = np.maximum(known.sum(-1), 1)
+    away = np.where(known, received, 0.0)
+    away = np.where(known, away - (away.sum(-1) / count)[..., None], 0.0)
+    second, fourth = ((away**power).sum(-1) / count for power in (2, 4))
+    enough = (known.sum(-1) >= 4) & (second > 0)
+    return np.where(enough, fourth / np.where(enough, second, 1.0) ** 2 - 3, np.nan)
 
 
 def _quantiles(values: xr.DataArray) -> xr.DataArray:

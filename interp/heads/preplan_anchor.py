@@ -6,14 +6,19 @@ Measure   WAAD, the windowed look-back of the local heads; FAI, the later attent
 Cause     change a token that is reread, and others: do greedy continuations change more?
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Optional, SupportsFloat, SupportsIndex
 
 import numpy as np
 import torch
+import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from interp.core.errors import NumericalError
+from interp.core import Prompt, Result
+from interp.core.errors import NumericalError, OutOfRange
+from interp.models.model import Model
 
 WINDOW, LOW, HIGH = 10, 10, 50
 PEAKS = 0.4
@@ -163,6 +168,107 @@ def shifted(
     if n < 2 * edge + 1:
         raise ValueError(f"a curve of {n} tokens cannot be shifted by {edge} or more both ways.")
     return np.roll(values, int(rng.integers(edge, n - edge + 1)), axis=0)
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """How two curves go together, per text, and how shifted ones do.
+
+    Attributes:
+        observed: the statistic of each text. null: its mean over shifts, per text.
+        p: share of shifts, applied to all texts at once, with a mean as large or larger.
+    """
+
+    observed: Float[np.ndarray, "sample"]
+    null: Float[np.ndarray, "sample"]
+    p: float
+
+
+def coupling(
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    curves: Sequence[tuple[np.ndarray, np.ndarray]],
+    *, shifts: int = 200, seed: int = 0,
+) -> Coupling:
+    """A statistic of two curves of each text against the same with one of them turned around.
+
+    Example:
+        >>> step = np.tile([1.0, 0.0, 0.0], 10)
+        >>> found = coupling(lambda a, b: float((a * b).sum()), [(step, step)] * 3)
+        >>> found.observed.tolist(), bool(found.null[0] < 5)
+        ([10.0, 10.0, 10.0], True)
+
+    A text in which the statistic is NaN, or that is too short to be shifted, is left out.
+    """
+    rng, observed, null = np.random.default_rng(seed), [], []
+    for first, second in curves:
+        value = statistic(first, second) if len(first) > 10 else float("nan")
+        if not np.isfinite(value):
+            continue
+        observed.append(value)
+        null.append([statistic(shifted(first, rng), second) for _ in range(shifts)])
+    drawn = np.array(null).reshape(len(observed), shifts)
+    if not observed:
+        return Coupling(np.empty(0), np.empty(0), float("nan"))
+    totals = np.nanmean(drawn, 0)
+    above = int((totals >= np.mean(observed)).sum())
+    return Coupling(np.array(observed), np.nanmean(drawn, 1), (1 + above) / (1 + shifts))
+
+
+def intervene(
+    model: Model, prompts: Sequence[Prompt], places: Mapping[str, Sequence[Sequence[int]]],
+    *, new_tokens: int = 24, batch_size: int = 16,
+) -> Result:
+    """Change single tokens, go on greedily behind each, and compare with going on unchanged.
+
+    Example:
+        >>> import interp
+        >>> model = interp.open_model("reader")
+        >>> done = intervene(model, [Prompt.from_tokens(range(9))], {"anchor": [[4, 6]]},
+        ...                  new_tokens=3)
+        >>> done["jaccard"].dims, done["jaccard"].shape
+        (('condition', 'sample', 'position'), (1, 1, 2))
+
+    Args:
+        places: condition -> for every prompt the positions to change, one at a time, equally many
+            in all. The token becomes the one that the model itself would rather have put there
+            than any other.
+
+    Returns:
+        `jaccard` [condition, sample, position]: tokens that both continuations have over tokens
+        that one of them has; 1 where nothing changes.
+
+    Raises:
+        OutOfRange: a position that nothing comes before, or that is not in the prompt.
+
+    Source: arXiv:2510.13554, perturbation of anchor tokens (greedy continuations).
+    """
+    count = len(next(iter(next(iter(places.values())))))
+    for given in places.values():
+        for prompt, where in zip(prompts, given):
+            if len(where) != count:
+                raise ValueError("every prompt needs equally many positions in every condition.")
+            for place in where:
+                if not 0 < place < len(prompt):
+                    raise OutOfRange(
+                        f"position {place} cannot be changed: choose 1 to {len(prompt) - 1}.")
+    starts: list[Prompt] = []
+    for number, prompt in enumerate(prompts):
+        rows = model.run(prompt).logits[0]
+        for given in places.values():
+            for place in given[number]:
+                best = rows[place - 1].clone()
+                best[prompt.ids[place]] = float("-inf")
+                head = prompt.ids[: place + 1]
+                starts += [Prompt.from_tokens(head),
+                           Prompt.from_tokens([*head[:-1], int(best.argmax())])]
+    made = model.run(starts, new_tokens=new_tokens, logits="last", batch_size=batch_size).new_tokens
+    pairs = [(set(a), set(b)) for a, b in zip(made[::2], made[1::2])]
+    found = np.array([len(a & b) / max(1, len(a | b)) for a, b in pairs])
+    found = found.reshape(len(prompts), len(places), count).transpose(1, 0, 2)
+    data = xr.Dataset({"jaccard": (("condition", "sample", "position"), found)},
+                      {"condition": list(places)})
+    return Result(data, {**model.manifest(), "operation": "change a token", "new_tokens": new_tokens,
+                         "n_samples": len(prompts)})
 
 
 def _checked(attention: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,13 @@ import functools
 import numpy as np
 import pytest
 import torch
+from scipy.stats import kurtosis
 
 import interp
 from interp.core.errors import PromptError
 from interp.heads import local_global, preplan_anchor
 from interp.models.model import Model
+from interp.stream.reducers import Received
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +135,10 @@ def test_streamed_equals_dense(opened, architecture):
                 mean = p[torch.tensor(chosen[heads])].mean(0)[2:]  # rows that count
                 want = local_global.fai(mean, 3, 12).numpy()[2:]
                 assert np.allclose(one[name][2:n], want, atol=1e-5, equal_nan=True)
+                seen = p[torch.tensor(chosen[heads])] > 0
+                even = (seen / seen.sum(-1, keepdim=True)).mean(0)[2:]
+                want = local_global.fai(even, 3, 12).numpy()[2:]
+                assert np.allclose(one[f"{name}_uniform"][2:n], want, atol=1e-5, equal_nan=True)
             else:
                 assert one[name].isnull().all()
         logits = run.logits[0].double().log_softmax(-1)
@@ -192,6 +198,16 @@ def test_rows_that_count_can_be_the_generated_ones(opened):
     assert found["waad"].isnull().values[0, :20].all() and found["waad"].notnull()[0, 20:].all()
     p = torch.tensor(model.run(prompt, read="pattern").reads["pattern"].values[0])
     assert np.allclose(found["span"][0], local_global.span(p[:, :, 20:]), atol=1e-4)
+
+
+def test_receivers_are_heads_whose_keys_are_received_unequally(opened):
+    model, (prompt,) = opened("llama"), prompts(40)
+    found = local_global.measure(model, [prompt], low=3, high=8, first=2)
+    received = model.run(prompt, stats=[Received("later", subset=range(2, 40))]).stats["received"]
+    want = kurtosis(received.values[0][..., 2:37].astype(float), axis=-1)
+    assert np.allclose(found["kurtosis"][0], want, atol=1e-4)
+    chosen, able = found["receiver"].values, found["eligible"].values
+    assert want[chosen].min() >= want[able & ~chosen].max() and not (chosen & ~able).any()
 
 
 def test_what_cannot_be_measured_is_refused(opened):
