@@ -275,19 +275,26 @@ def alibi_scope(
 
 
 def draw(found: Result, ax: Axes, chosen: Sequence[Head] = ()) -> Axes:
-    """Echo against induction, one dot per head; chosen heads in color and named."""
+    """Echo against induction, one dot per head; chosen heads in color, the strongest named."""
     picked = {(h.layer, h.head) for h in chosen}
-    for layer, head in np.ndindex(found["echo"].shape):
-        x, y = float(found["echo"][layer, head]), float(found["induction"][layer, head])
+    echo, induction = found["echo"].values, found["induction"].values
+    for layer, head in np.ndindex(echo.shape):
         mine = (layer, head) in picked
-        ax.plot(x, y, "o", markersize=4, color=color("needle" if mine else "other"),
-                alpha=0.9 if mine else 0.5, markeredgewidth=0, zorder=3 if mine else 2)
-        if mine and len(picked) <= 12:
-            ax.annotate(f"L{layer}H{head}", (x, y), (3, 3), textcoords="offset points", fontsize=6)
+        ax.plot(echo[layer, head], induction[layer, head], "o", markersize=4, markeredgewidth=0,
+                color=color("needle" if mine else "other"), alpha=0.9 if mine else 0.5,
+                zorder=3 if mine else 2)
+    reach = max(0.1, 1.08 * float(np.nanmax([echo, induction])))
+    named = sorted((induction[p], echo[p], p) for p in picked
+                    if max(induction[p], echo[p]) > 0.1 * reach)
+    below = -1.0
+    for y, x, (layer, head) in named[-8:]:
+        # Names of heads with nearly equal scores are set one above the other.
+        below = max(y, below + 0.05 * reach)
+        ax.annotate(f"L{layer}H{head}", (x, y), (x + 0.03 * reach, below), fontsize=6, va="center")
     ax.set_xlabel("echo: attention on earlier copies")
     ax.set_ylabel("induction: on the token after them")
-    ax.set_xlim(-0.03, 1.03)
-    ax.set_ylim(-0.03, 1.03)
+    ax.set_xlim(-0.03 * reach, reach)
+    ax.set_ylim(-0.03 * reach, reach)
     return ax
 
 
