@@ -17,7 +17,7 @@ from experiments._output import Output
 from experiments._paper import Paper, Settings
 from interp.core import Claim, Head, PromptError, Result, statistics
 from interp.figures import head_grid
-from interp.figures.style import BLUE, CYCLE, GREEN, ORANGE, PAGE, VERMILION, canvas
+from interp.figures.style import BLUE, GRAY, GREEN, PAGE, VERMILION, canvas
 from interp.sinks import initial_token
 
 PAPER = Paper(
@@ -124,7 +124,7 @@ def _gammas(model: Any, given: dict[str, tasks.Task], out: Output) -> dict[str, 
     figure, axes = canvas(1, 2, width=PAGE)
     for ax, (kind, result) in zip(axes, found.items()):
         initial_token.draw(result, GAMMAS, ax)
-        ax.set_title(f"{model.name}, {kind}: {given[kind].what}", fontsize=7.5)
+        ax.set_title(f"{model.name}, {kind}\n{given[kind].what}")
         out.save(f"gamma-{kind}-{model.name}", result)
     out.figure("gamma", figure, of=model.name)
     for kind, result in found.items():
@@ -195,8 +195,12 @@ def _sign(model: Any, found: dict[str, Result], out: Output) -> None:
 
     _claim(out, model, "sign", statistics.bootstrap(
         apart, np.arange(n), resamples=2000, name="best ln gamma, classification minus questions"),
-        null=0.0, figure="gamma", details={kind: GAMMAS[best_gamma(
-            a.mean(1), b.mean(1))] for kind, (a, b) in values.items()})
+        null=0.0, figure="gamma", details={
+            "of equal accuracies": "the one of higher log probability of the answers is best",
+            **{f"best gamma, {kind}": GAMMAS[best_gamma(a.mean(1), b.mean(1))]
+               for kind, (a, b) in values.items()},
+            **{f"accuracy range over gamma, {kind}": float(np.ptp(a.mean(1)))
+               for kind, (a, _) in values.items()}})
 
 
 def _gains(
@@ -299,11 +303,12 @@ def _heads(model: Any, task: tasks.Task, settings: Settings, out: Output) -> Non
         model.manifest()))
     figure, axes = canvas(1, 2, width=PAGE)
     head_grid.draw(axes[0], mass, label="attention on the first token", limits=(0, 1))
-    head_grid.draw(axes[1], change, label=f"change of log probability, gamma {HEAD_GAMMA:g} (nats)",
-                   signed=True, hatched="not tried")
+    head_grid.draw(axes[1], change, label="change of log probability (nats)", signed=True,
+                   hatched="not tried")
     changed = np.nanmax(np.abs(right))
     axes[0].set_title(model.name)
-    axes[1].set_title(f"{len(small)} questions; accuracy moves by up to {changed:.2g}")
+    axes[1].set_title(f"gamma {HEAD_GAMMA:g}, {len(small)} questions\n"
+                      f"(accuracy moves by up to {changed:.2g})")
     out.figure("heads", figure, of=model.name)
 
 
@@ -318,7 +323,7 @@ def _positions(model: Any, task: tasks.Task, settings: Settings, out: Output) ->
         for p in places
     ])
     figure, ax = canvas(1, 1)
-    ax.bar(range(len(places)), response.mean(1), 0.7, color=[ORANGE, *[CYCLE[0]] * len(places)][
+    ax.bar(range(len(places)), response.mean(1), 0.7, color=[VERMILION, *[GRAY] * len(places)][
         : len(places)])
     ax.set_xticks(range(len(places)), [str(p) for p in places])
     ax.set_xlabel("position that is scaled")

@@ -194,7 +194,7 @@ def draw(found: Result, gammas: Sequence[SupportsFloat], ax: Axes) -> Axes:
     twin.plot(at, found["entropy"].mean("prompt"), marker="s", color=color("secondary"),
               label="output entropy")
     twin.set_ylabel("entropy (nats)", color=color("secondary"))
-    twin.set_ylim(0, None)
+    twin.set_ylim(0, 1.15 * float(found["entropy"].mean("prompt").max()) or 1.0)
     twin.spines["right"].set_visible(True)
     lines = [*ax.get_lines()[:2], *twin.get_lines()]
     ax.legend(lines, [line.get_label() for line in lines], loc="best")
