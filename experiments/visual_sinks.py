@@ -385,9 +385,10 @@ def _birth(found: Result, claim: Any, model: Any) -> None:
                  zip(np.flatnonzero(ever), flags[:, ever].argmax(0)) if first <= last]
         shares.append(float(np.mean(alive)))
     claim(2, statistics.mean(shares) if shares else
-          f"no visual sink of {model.name} is born before layer {last}", null=0.9, figure="birth", details={
-        "birth layer, median": float(np.median(births)) if births else None, "birth layers": sorted(set(births))},
-        statistic="share of the layers from birth to 80 % depth in which a visual sink stays one")
+          f"no visual sink of {model.name} is born before layer {last}", null=0.9, figure="birth",
+          details={"birth layer, median": float(np.median(births)) if births else None,
+                   "birth layers": sorted(set(births))},
+          statistic="share of the layers from birth to 80 % depth in which a visual sink stays one")
 
 
 def _hidden(model: Any, data: list[Case], found: Result, claim: Any, settings: Settings,

@@ -1,5 +1,7 @@
 """The experiment on planted visual sinks, on the same model without them, and on unfit models."""
 
+import copy
+
 import pytest
 from transformers import CLIPImageProcessorPil, LlavaProcessor
 
@@ -111,9 +113,9 @@ def spelling(tiny, letters):
     """A tiny random LLaVA with a processor."""
     processor = LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}),
-        letters, patch_size=8, vision_feature_select_strategy="default",
+        copy.deepcopy(letters), patch_size=8, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, chat_template=LLAVA_TEMPLATE)
-    return Model(tiny("llava"), "spelling", letters, processor)
+    return Model(tiny("llava"), "spelling", processor.tokenizer, processor)
 
 
 def forced(monkeypatch, model, dims, tau):
