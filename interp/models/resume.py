@@ -132,6 +132,7 @@ class Resumable:
         context: Optional[Int[Tensor, "context"]] = None,
         hidden: Optional[Float[Tensor, "batch row d_model"]] = None,
         blocked: Optional[Blocked] = None,
+        zeroed: Optional[Blocked] = None,
         positions: Optional[Int[Tensor, "batch row"]] = None,
         logits: str = "last",
     ) -> Float[Tensor, "batch vocab"] | Float[Tensor, "batch row vocab"]:
@@ -145,6 +146,8 @@ class Resumable:
             hidden: what enters the block instead.
             blocked: edges cut before the softmax, by layer: True where row r of a variant may not
                 see a key; keys are `context`, then `rows`.
+            zeroed: edges whose weight becomes zero after the softmax, in the same form: the rest of
+                the row is not renormalized.
             positions: position ids to take instead of each row's own (compacted ones, say).
             logits: "last" row or "all" rows.
 
@@ -160,7 +163,7 @@ class Resumable:
                 raise OutOfRange(f"positions run from 0 to {self.length - 1} in this prompt.")
         x = self.hidden[layer][rows] if hidden is None else hidden.to(self.hidden[layer])
         of = rows if positions is None else positions.to(rows)
-        running = _Replaying(self, rows, context, blocked)
+        running = _Replaying(self, rows, context, blocked, zeroed)
         with ExitStack() as stack, torch.no_grad():
             stack.enter_context(attend.implementation(self.lane.configs))
             stack.enter_context(attend.session(self.lane.attentions, running))
@@ -199,9 +202,11 @@ class _Replaying:
     """Attention of some rows of many variants, to lent keys and their own."""
 
     def __init__(
-        self, base: Resumable, rows: Tensor, context: Tensor, blocked: Optional[Blocked]
+        self, base: Resumable, rows: Tensor, context: Tensor, blocked: Optional[Blocked],
+        zeroed: Optional[Blocked],
     ) -> None:
-        self.base, self.rows, self.context, self.blocked = base, rows, context, blocked
+        self.base, self.rows, self.context = base, rows, context
+        self.blocked, self.zeroed = blocked, zeroed
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, given: dict[str, Any]
@@ -222,7 +227,8 @@ class _Replaying:
                     for x in (base.keys, base.values)]
             k, v = torch.cat([lent[0], k], 2), torch.cat([lent[1], v], 2)
         group = q.shape[1] // k.shape[1]
-        if given["softcap"] is None and given["sinks"] is None:
+        gone = None if self.zeroed is None else self.zeroed(layer)
+        if gone is None and given["softcap"] is None and given["sinks"] is None:
             made = nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=seen, scale=given["scaling"], enable_gqa=group > 1)
             return made.transpose(1, 2).contiguous()
@@ -235,6 +241,8 @@ class _Replaying:
             extra = given["sinks"].float().reshape(1, -1, 1, 1).expand(batch, -1, q.shape[2], 1)
             scores = torch.cat([scores, extra], -1)
         p = scores.softmax(-1)[..., : k.shape[2]]
+        if gone is not None:
+            p = p.masked_fill(gone.to(p.device), 0.0)
         return (p.to(v.dtype) @ v).transpose(1, 2).contiguous()
 
 
