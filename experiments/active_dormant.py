@@ -355,8 +355,8 @@ def _domains(model: Any, domains: dict[str, list[Prompt]], out: Output) -> None:
     out.save(f"domains-{model.name}", found)
     a, b = found.manifest["domains"]
     figure, ax = canvas(1, 1)
-    heat.draw(ax, found["difference"], label=f"rest on token 0: {a} minus {b}", signed=True)
-    ax.set_title(f"{model.name}: {a} against {b}")
+    heat.draw(ax, found["difference"], label="difference of rest on token 0", signed=True)
+    ax.set_title(f"{model.name}\n{a}\nminus {b}", fontsize="small")
     out.figure("domains", figure, of=model.name)
     sentence = DOMAINS
     chosen = found["chosen"].values
