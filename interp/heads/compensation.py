@@ -15,10 +15,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp.core import Prompt
-from interp.core.errors import ModelRefused, OutOfRange
+from interp.core.errors import OutOfRange
 from interp.core.head import HeadLike, check_heads
 from interp.core.head import heads as as_heads
 from interp.core.intervention import Intervention, patch
+from interp.heads.plain_attention import read_layer
 from interp.models.model import Model
 
 N_SINKS = 4
@@ -127,25 +128,12 @@ def compress(
     kept, dropped = views(places, len(prompt), n_sinks, last)
     if not bool(dropped.any()):
         return []
-    everything = kept | dropped
     write: list[Intervention] = []
     for layer in sorted({head.layer for head in chosen}):
-        names = [f"{name}.{layer}" for name in "qkvz"]
-        run = model.run(prompt, read=names, write=write, logits="none")
-        q, k, v, z = (torch.tensor(run.reads[name].values[0, 0]) for name in names)
-        group = model.n_heads // model.n_kv_heads
-        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-        q, z = q[places], z[places]
-        scale = _scaling(model, layer)
-        whole = attend(q, k, v, everything, scaling=scale)
-        off = float((whole - z).abs().max())
-        if off > 0.02 * float(z.abs().max()) + 1e-4:
-            raise ModelRefused(
-                f"the attention of {model.name}, layer {layer}, is not a plain softmax over all "
-                f"earlier keys (recomputed, it is off by {off:.2g}); its cache cannot be "
-                "compressed in this way."
-            )
-        changed = attend(q, k, v, kept, dropped if compensate else None, scale)
+        one = read_layer(model, prompt, layer, places, write)
+        changed = attend(one.query, one.key, one.value, kept, dropped if compensate else None,
+                         one.scaling)
+        z = one.z.clone()
         mine = [head.head for head in chosen if head.layer == layer]
         z[:, mine] = changed[:, mine]
         write.append(patch(f"z.{layer}", z, places))
@@ -165,11 +153,3 @@ def cache_share(
     n, whole = int(n_tokens), float(share_whole)
     last = max(1, round(KEPT_SHARE * n)) if window is None else int(window)
     return whole + (1 - whole) * min(1.0, (int(n_sinks) + last + 1) / n)
-
-
-def _scaling(model: Model, layer: int) -> Optional[float]:
-    """The factor before the softmax, as the attention module itself says."""
-    found = [m.scaling for m in model.hf.modules()
-             if getattr(m, "layer_idx", None) == layer and isinstance(
-                 getattr(m, "scaling", None), float)]
-    return float(found[0]) if found else None
