@@ -4,7 +4,14 @@ from typing import Any
 
 import numpy as np
 
+from experiments import _texts
 from interp.core import Prompt
+from interp.organisms import backcopy
+
+UNKNOWN = 0.2
+"""With a larger share of unknown tokens, English says nothing to a model."""
+PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id",
+                "vision_start_token_id", "vision_end_token_id", "boi_token_id", "eoi_token_id")
 
 PASSAGES = (
     ("A lighthouse is a tower with a strong lamp that warns ships of rocks and shallow water. The "
@@ -145,6 +152,35 @@ def pairs(
         for kept, found in zip(made, texts):
             kept.append(_cut(found, limit))
     return made
+
+
+def readable(model: Any) -> bool:
+    """Whether the model's tokenizer, if it has one, knows English."""
+    if model.tokenizer is None:
+        return False
+    unknown = getattr(model.tokenizer, "unk_token_id", None)
+    ids = model.tokenizer(PASSAGES[0][0])["input_ids"]
+    return unknown is None or float(np.mean(np.array(ids) == unknown)) < UNKNOWN
+
+
+def other_texts(
+    model: Any, count: int, length: int, rng: np.random.Generator
+) -> tuple[list[Prompt], str]:
+    """Texts for a model that reads no English, and what they are: the language of the toy task, or
+    random tokens after the start token, with an end token here and there where there is one."""
+    if _texts.knows(model, backcopy):
+        return _texts.natural(model, count, length, rng), "sequences of the toy task"
+    config, tokenizer = model.config.get_text_config(), model.tokenizer
+    named = {name: getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+    ends = [int(e) for e in np.atleast_1d(named["eos"]) if e is not None]
+    special = {named["bos"], named["pad"], *ends, *(getattr(tokenizer, "all_special_ids", None) or ()),
+               *(getattr(model.hf.config, name, None) for name in PLACEHOLDERS)}
+    tokens = rng.choice([t for t in range(model.d_vocab) if t not in special], (count, length))
+    if named["bos"] is not None:
+        tokens[:, 0] = named["bos"]
+    for row in tokens if ends else ():
+        row[rng.choice(np.arange(2, length), max(1, length // 16), replace=False)] = ends[0]
+    return [Prompt.from_tokens(row) for row in tokens], "random tokens"
 
 
 def _cut(found: Any, limit: int) -> Prompt:

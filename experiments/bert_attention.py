@@ -112,17 +112,17 @@ def run(settings: Settings, out: Output) -> None:
 
 
 def subject(model: Model, settings: Settings) -> Subject:
-    """Documents for the reader, passages for models with a tokenizer, else random tokens."""
+    """Documents for the reader, passages for models that read English, else other texts."""
     count = settings.pick(20, tiny=6)
     longest = min(settings.pick(128, tiny=48), model.max_positions or 128)
     halves: tuple[list[Prompt], list[Prompt]] = ([], [])
     if _sink_subjects.is_reader(model):
         prompts = list(_sink_subjects.documents(settings, count, longest))
-    elif model.tokenizer is not None:
+    elif _passages.readable(model):
         prompts, *both = _passages.pairs(model, count, longest)
         halves = both[0], both[1]
     else:
-        prompts = _random(model, count, min(longest, 64), settings)
+        prompts, _ = _passages.other_texts(model, count, min(longest, 64), settings.rng(4))
     groups = [linguistic.delimiters(model, p) for p in prompts]
     headless = model.kind == "encoder" and not model.run(prompts[0], logits="last").logits
     try:
@@ -134,22 +134,6 @@ def subject(model: Model, settings: Settings) -> Subject:
         return Subject(model, prompts, groups, None, [], str(error).rstrip("."))
     own = [linguistic.delimiters(model, p) for p in halves[0]] if headless else groups
     return Subject(model, prompts, groups, aim, own)
-
-
-def _random(model: Model, count: int, length: int, settings: Settings) -> list[Prompt]:
-    """Random tokens, in the places of a text those that the configuration calls special."""
-    config, rng = model.config.get_text_config(), settings.rng(4)
-    special = {name: getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
-    ends = [e for e in np.atleast_1d(special["eos"]) if e is not None]
-    free = [t for t in range(model.d_vocab) if t not in {*special.values(), *ends}]
-    tokens = rng.choice(free, (count, length))
-    if special["bos"] is not None:
-        tokens[:, 0] = special["bos"]
-    if ends:
-        for row in tokens:
-            row[np.sort(rng.choice(np.arange(2, length), max(1, length // 16), replace=False))] = \
-                int(ends[0])
-    return [Prompt.from_tokens(row) for row in tokens]
 
 
 def _layers(n_layers: int, low: float, high: float = 1.0) -> list[int]:

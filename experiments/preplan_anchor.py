@@ -121,7 +121,7 @@ def _nothing(out: Output, name: str, reason: str) -> None:
 
 
 def subject(model: Model, settings: Settings) -> Subject:
-    """Documents for the reader; else the model's own continuations of passages, or random tokens.
+    """Documents for the reader; else the model's own continuations of passages, or other texts.
 
     Greedy text of the reader would run in circles: its language is a Markov chain.
     """
@@ -130,14 +130,8 @@ def subject(model: Model, settings: Settings) -> Subject:
     if _sink_subjects.is_reader(model):
         return Subject(model, list(_sink_subjects.documents(settings, count, length)),
                        "documents of the reader's language")
-    if model.tokenizer is None:
-        rng = settings.rng(5)
-        first = getattr(model.config.get_text_config(), "bos_token_id", None)
-        free = [t for t in range(model.d_vocab) if t != first]
-        tokens = rng.choice(free, (count, length))
-        if first is not None:
-            tokens[:, 0] = first
-        return Subject(model, [Prompt.from_tokens(row) for row in tokens], "random tokens")
+    if not _passages.readable(model):
+        return Subject(model, *_passages.other_texts(model, count, length, settings.rng(5)))
     _, starts, _ = _passages.pairs(model, count, longest=length // 2)
     made = model.run(starts, new_tokens=length // 2, logits="last").new_tokens
     return Subject(model, [
@@ -302,6 +296,11 @@ def _couplings(one: Subject, found: Any, settings: Settings, out: Output) -> Non
             drops = [(change(a, drop_only=True)[:-1], b[:-1])
                      for a, b in _pairs(found, "waad", "fai_lift") if len(a) > 1]
             also = preplan_anchor.coupling(after(1), drops, shifts=shifts, seed=settings.seed)
+            shares = {lag: preplan_anchor.coupling(after(lag), _pairs(found, *names), shifts=1)
+                      for lag in range(-5, 6)}
+            mean = {lag: round(float(one_lag.observed.mean()), 4) for lag, one_lag in shares.items()
+                    if len(one_lag.observed)}
+            details["by lag"], details["strongest lag"] = mean, max(mean, key=lambda n: mean[n])
             details["falls of WAAD only"] = float((also.observed - also.null).mean()) \
                 if len(also.observed) else None
         out.claim(Claim(

@@ -158,3 +158,20 @@ def test_passages_are_all_different_and_joined_as_pairs():
     kinds = whole[0].inputs["token_type_ids"][0]
     assert kinds.shape == (60,) and kinds[0] == 0 and kinds[-1] == 1
     assert first[0].ids.count(sep) == 1
+
+
+def test_a_model_that_reads_no_english_gets_texts_without_picture_placeholders():
+    import interp
+
+    model = interp.open_model("looker")
+    assert not _passages.readable(model)
+    assert _passages.readable(interp.open_model("all-minilm-l6-v2"))
+    texts, what = _passages.other_texts(model, 40, 60, np.random.default_rng(0))
+    used = {token for prompt in texts for token in prompt.ids}
+    assert what == "random tokens" and model.hf.config.image_token_id not in used
+    assert len(used) > 0.6 * model.d_vocab and {len(p) for p in texts} == {60}
+    bos = model.config.get_text_config().bos_token_id
+    assert all(p.ids[0] == bos and bos not in p.ids[1:] for p in texts)
+    toy, what = _passages.other_texts(interp.open_model("backcopy-1l"), 2, 20,
+                                      np.random.default_rng(0))
+    assert what == "sequences of the toy task" and [len(p) for p in toy] == [20, 20]
