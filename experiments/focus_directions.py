@@ -29,7 +29,7 @@ PAPER = Paper(
     "Which heads look at the document that answers, and does it help to make them look harder?",
     figures={
         "heads": "Attention from the answer's rows to the gold document, per head (mean over "
-        "prompts); outlined: heads above 0.1.",
+        "prompts); outlined: heads above 0.1 and above twice what another document gets.",
         "sweep": "Answers that are right when the attention on the gold document is raised in the "
         "top k heads, in k random heads, and when focus directions are added to the top k.",
         "masses": "Where the top heads look from the answer's rows, before and after.",
@@ -134,7 +134,7 @@ def _scores(model: Any, asked: list, settings: Settings, out: Output) -> Result:
     later = contextual.measure(model, asked[: settings.pick(20, tiny=6)], rows="answer",
                                answers=tasks.answers_of(asked)[: settings.pick(20, tiny=6)])
     scores = contextual.scores(found)
-    marked = scores.above(0.1)
+    marked = looking(found)
     figure, ax = canvas(1, 1)
     contextual.draw(found, ax, mark=marked if len(marked) <= 64 else ())
     ax.set_title(f"{model.name}, {asked[0].count} documents, {len(asked[0].prompt)} tokens")
@@ -148,9 +148,15 @@ def _scores(model: Any, asked: list, settings: Settings, out: Output) -> Result:
         return found
     eligible = found["eligible"].values.reshape(-1)
     null = found["null"].values.reshape(-1)
+    if not marked:
+        _skip(out, model, "no head gives the gold document more than a tenth of its attention and "
+              "more than twice what another document gets", ("sparse", "middle"))
+        _failures(model, found, scores, known, out)
+        return found
 
     def share(rows: np.ndarray) -> float:
-        return float((relevant[rows.astype(int)].mean(0)[eligible] > 0.1).mean())
+        mean = relevant[rows.astype(int)].mean(0)[eligible]
+        return float(((mean > 0.1) & (mean > 2 * null[eligible])).mean())
 
     index = np.flatnonzero(known)
     mean = np.nanmean(relevant, 0)
@@ -178,6 +184,13 @@ def _scores(model: Any, asked: list, settings: Settings, out: Output) -> Result:
             direction="equal", tolerance=0.25, unit="relative depth", figure="heads")
     _failures(model, found, scores, known, out)
     return found
+
+
+def looking(found: Result) -> list[Head]:
+    """Contextual heads: above a tenth, and above twice what an irrelevant document gets."""
+    null = found["null"].values
+    return [head for head in contextual.scores(found).above(0.1)
+            if found["score"].values[head] > 2 * null[head]]
 
 
 def _failures(model: Any, found: Result, scores: Any, known: np.ndarray, out: Output) -> None:

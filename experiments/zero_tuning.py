@@ -82,9 +82,15 @@ def run(settings: Settings, out: Output) -> None:
             out.record(prompts=task.prompts, name=f"{kind}-{model.name}")
         found = _gammas(model, given, out)
         _gains(model, given, found, settings, out)
-        _layers(model, given["qa"], found["qa"], settings, out)
         _heads(model, given["qa"], settings, out)
-        _positions(model, given["qa"], settings, out)
+        if not found["qa"]["correct"].values[GAMMAS.index(1.0)].any():
+            reason = f"none of {len(given['qa'])} questions is answered right by the model as it is"
+            _skip(out, model, reason, "layers", "position")
+            for figure in ("layers", "positions"):
+                out.no_figure(figure, reason, of=model.name)
+        else:
+            _layers(model, given["qa"], found["qa"], settings, out)
+            _positions(model, given["qa"], settings, out)
         _skip(out, model, f"it is about other models than {model.name}; run it with --model",
               "others")
 
@@ -185,6 +191,10 @@ def _valid(model: Any, found: dict[str, Result], out: Output) -> None:
 def _sign(model: Any, found: dict[str, Result], out: Output) -> None:
     logs = np.log(np.array(GAMMAS))
     values = {kind: (r["correct"].values, r["log_prob"].values) for kind, r in found.items()}
+    never = [kind for kind, (a, _) in values.items() if not a.any()]
+    if never:
+        _skip(out, model, f"no item of {never[0]} is answered right under any gamma", "sign")
+        return
     n = min(v[0].shape[1] for v in values.values())
 
     def apart(rows: np.ndarray) -> float:
@@ -212,7 +222,7 @@ def _gains(
     for kind, task in given.items():
         halves = [found[kind].data.isel(prompt=slice(i, None, 2)) for i in (0, 1)]
         best = best_gamma(*(halves[0][n].mean("prompt").values for n in ("correct", "log_prob")))
-        entropy = int(halves[0]["entropy"].mean("prompt").argmin())
+        entropy = int(halves[0]["entropy"].mean("prompt").values.argmin())
         if best == one:
             _skip(out, model, "of all gammas 1 is best on the half to choose on", f"gain {kind}")
             continue
