@@ -384,7 +384,8 @@ def _changes(one: Subject, found: Any, settings: Settings, out: Output) -> None:
     ):
         against = each.sel(condition=other).values
         gap = high - against
-        p = float(stats.wilcoxon(gap).pvalue) if (gap != 0).any() else 1.0
+        test: Any = stats.wilcoxon(gap) if (gap != 0).any() else None
+        p = 1.0 if test is None else float(test.pvalue)
         out.claim(Claim(
             sentence, source, **statistics.difference(
                 high, against, resamples=settings.pick(statistics.RESAMPLES, tiny=1000)).for_claim(),

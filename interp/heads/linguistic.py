@@ -161,7 +161,8 @@ def delimiters(
     line ends; `punctuation` holds the words that count. A model without a tokenizer has the token
     ids of its configuration.
     """
-    config, tokenizer = model.config.get_text_config(), model.tokenizer
+    whole: Any = model.config
+    config, tokenizer = whole.get_text_config(), model.tokenizer
     places = (config, tokenizer) if tokenizer is not None else (config,)
     first = _special(places, ("bos_token_id", "cls_token_id"))
     ends = _special(places, ("eos_token_id", "sep_token_id"))
@@ -315,7 +316,8 @@ def _special(places: Sequence[Any], names: Sequence[str]) -> set[int]:
     for place in places:
         for name in names:
             value = getattr(place, name, None)
-            found |= set(value) if isinstance(value, (list, tuple)) else {value} - {None}
+            several = value if isinstance(value, (list, tuple)) else [value]
+            found |= {int(token) for token in several if token is not None}
     return found
 
 

@@ -8,7 +8,7 @@ Cause     change a token that is reread, and others: do greedy continuations cha
 """
 
 from collections.abc import Sequence
-from typing import Any, SupportsFloat, SupportsIndex
+from typing import Any, SupportsFloat, SupportsIndex, cast
 
 import numpy as np
 import torch
@@ -168,7 +168,7 @@ def _spans(
     model: Model, prompts: Sequence[Prompt], rows: Sequence[np.ndarray], first: int, low: int,
 ) -> xr.Dataset:
     """Spans with and without the first tokens, the mass on those, kurtosis over the other keys."""
-    parts = []
+    parts: list[xr.Dataset] = []
     for prompt, where in zip(prompts, rows):
         run = model.run(prompt, stats=[
             Distance(), "row_deficit", _firsts(first), Received("later", subset=where)],
@@ -179,7 +179,7 @@ def _spans(
         received = run.stats["received"].isel(prompt=0, key=keys)
         made["kurtosis"] = ("layer", "head"), _kurtosis(received.values.astype(float))
         parts.append(made)
-    return xr.concat(parts, "sample")
+    return cast(xr.Dataset, xr.concat(parts, "sample"))
 
 
 def _even(
@@ -188,7 +188,7 @@ def _even(
     """Spans of uniform attention in the same masks, and who can look back `high` tokens."""
     heads = list(range(model.n_heads))
     write = [ablate([(layer, head) for layer in range(model.n_layers) for head in heads], "uniform")]
-    parts = []
+    parts: list[xr.Dataset] = []
     for prompt, where in zip(prompts, rows):
         back = min(high, int(where[-1]))
         run = model.run(prompt, write=write, logits="none", stats=[
@@ -198,7 +198,7 @@ def _even(
         seen = run.stats["offsets"].isel(prompt=0, head=0, offset=0, query=-1) > 0
         made["reach"] = ("layer", "head"), np.repeat(seen.values[:, None], len(heads), 1)
         parts.append(made)
-    return xr.concat(parts, "sample")
+    return cast(xr.Dataset, xr.concat(parts, "sample"))
 
 
 def _firsts(first: int) -> SegmentMass:

@@ -205,7 +205,7 @@ def overlaps(
         for b in names[i + 1 :]:
             able = _able(detectors[a], sizes) & _able(detectors[b], sizes)
             sets = [[h for h in detectors[n].found if able[h.layer, h.head]] for n in (a, b)]
-            found = overlap(*sets, able.sum(1).tolist(), layer_matched=layer_matched)
+            found = overlap(sets[0], sets[1], able.sum(1).tolist(), layer_matched=layer_matched)
             rows.append({"first": a, "second": b, **found})
     table = pd.DataFrame(rows, columns=["first", "second", "shared", "expected", "jaccard",
                                         "expected_jaccard", "p"])
@@ -261,7 +261,7 @@ def _sizes(detectors: Mapping[str, Detector]) -> tuple[int, int]:
     shape = next(iter(shapes.values()))
     for one in detectors.values():
         check_heads(one.found, *shape)
-    return shape
+    return shape[0], shape[1]
 
 
 def _able(one: Detector, shape: tuple[int, int]) -> np.ndarray:

@@ -50,7 +50,7 @@ class Band(Reducer):
         n_heads, self._n_heads = self._n_heads, 1
         super()._allocate(device)
         self._n_heads = n_heads
-        self._state["sighted"] = self._state["sighted"].expand(-1, n_heads, -1).clone()
+        self._state["sighted"] = self._state["sighted"].repeat(1, n_heads or 1, 1)
 
     def _add(self, tile: Tile) -> None:
         first, last = tile.columns.start, tile.columns.stop
