@@ -6,7 +6,7 @@ scenes enlarged, with the way to answer spelled out, and passkeys in rendered te
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -172,7 +172,7 @@ def _ask(
     prompt = model.prompt(text if own else text.replace(" ?", "?").capitalize() + SHORT,
                           images=[picture], chat=has_chat(model))
     answer = _ids(model, say(question.answer))
-    boxes = [tuple(scale * x for x in box) for box in question.boxes]
+    boxes = [(scale * a, scale * b, scale * c, scale * d) for a, b, c, d in question.boxes]
     image = prompt.of_kind("image")[0]
     each = [ocr.evidence(image, box) for box in boxes] if image.boxes else []
     region = tuple(sorted({p for places in each for p in places}))
@@ -183,7 +183,7 @@ def _ask(
 
 
 def _passkey(model: Model, rng: np.random.Generator) -> Asked:
-    hidden = rendered_text.passkey(rng, depth=float(rng.uniform()))
+    hidden = rendered_text.passkey(rng, depth=float(rng.uniform()), square=True)
     prompt = model.prompt(rendered_text.QUESTION, images=hidden.images, chat=has_chat(model))
     answer = _ids(model, hidden.answer)
     images = prompt.of_kind("image")
@@ -199,6 +199,7 @@ def _passkey(model: Model, rng: np.random.Generator) -> Asked:
                  rendered_text.QUESTION)
 
 
+@lru_cache(maxsize=4)
 def _spelling(model: Model) -> Callable[[str], str]:
     """How answers are written: looker's words as they are, else as the model prefers them."""
     if is_looker(model):

@@ -16,8 +16,7 @@ from experiments._paper import Paper, Settings
 from experiments._picture_questions import Asked
 from interp.causal.metrics import AnswerAccuracy, AnswerLogProb
 from interp.causal.sweep import ablation_sweep, difference, effect
-from interp.core import Claim, Head, HeadScores, ModelNotFound, OutOfRange, Result
-from interp.core import statistics
+from interp.core import Claim, Head, HeadScores, ModelNotFound, OutOfRange, Result, statistics
 from interp.figures import head_grid, image_overlay, layer_curve
 from interp.figures.style import PAGE, canvas, color
 from interp.heads import visual
@@ -119,7 +118,7 @@ def _families(profiles: dict[str, np.ndarray], out: Output) -> None:
 
     def agreement(*samples: np.ndarray) -> float:
         means = [s.mean(0) for s in samples]
-        return float(np.mean([stats.spearmanr(a, b).statistic
+        return float(np.mean([_spearman(a, b)
                               for i, a in enumerate(means) for b in means[:i]]))
 
     found = statistics.bootstrap(agreement, *(grids[n][:rows] for n in names), resamples=2000,
@@ -167,9 +166,11 @@ class _One:
         self._depth(found["mixed"])
         self._sink_detector(found["mixed"])
         self._region(kinds["color"], found["color"])
-        self._variants()
-        self._correct()
-        self._ablate(mixed, found["mixed"])
+        # The planted copy of looker is there for its sinks; the rest is asked of looker itself.
+        if model.name != questions.PLANTED:
+            self._variants()
+            self._correct()
+            self._ablate(mixed, found["mixed"])
         return found["mixed"]["samples"].mean("head").values
 
     # -- description --------------------------------------------------------------------------
@@ -276,7 +277,7 @@ class _One:
         flat = [x.reshape(len(x), -1) for x in (share, gain)]
 
         def across(a: np.ndarray, b: np.ndarray) -> float:
-            return float(stats.spearmanr(a.mean(0), b.mean(0)).statistic)
+            return _spearman(a.mean(0), b.mean(0))
 
         self.claim("sinks", statistics.bootstrap(
             across, *flat, resamples=1000,
@@ -393,7 +394,8 @@ class _One:
 
     def _ablate(self, asked: list[Asked], found: Result) -> None:
         model = self.model
-        scores = visual.head_scores(found)
+        by = "samples_nonsink" if "samples_nonsink" in found.data else "samples"
+        scores = visual.head_scores(found, by)
         prompts, wanted = questions.prompts(asked), questions.answers(asked)
         metrics = [AnswerAccuracy(wanted, batch_size=32), AnswerLogProb(wanted, batch_size=32)]
         base = float(metrics[0](model, prompts).mean())
@@ -506,6 +508,14 @@ def _out_of_fold(features: np.ndarray, right: np.ndarray, seed: int) -> np.ndarr
 
     folds = StratifiedKFold(5, shuffle=True, random_state=seed)
     fit = make_pipeline(StandardScaler(), LogisticRegression())
-    return cross_val_predict(fit, features, right > 0.5, cv=folds, method="decision_function")
+    return np.asarray(
+        cross_val_predict(fit, features, right > 0.5, cv=folds, method="decision_function"))
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation, NaN where one side is constant."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float("nan")
+    return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
 
 

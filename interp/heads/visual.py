@@ -251,7 +251,7 @@ def measure(
                 score(attention, rng.choice(visible, min(len(image), len(visible)), replace=False),
                       normalize=normalize).numpy() for _ in range(permutations)
             ] or [np.full(attention.shape[:2], np.nan)], 0))
-    return _result(model, samples, np.stack(nulls), np.stack(seen).all(0), layers, {
+    return _result(model, samples, np.stack(nulls), np.asarray(np.stack(seen).all(0)), layers, {
         "row": row, "normalize": normalize, "top": top, "permutations": permutations, "seed": seed})
 
 
@@ -315,9 +315,10 @@ def head_scores(found: Result, by: str = "samples") -> HeadScores:
                            eligible=None if eligible is None else eligible.values.astype(bool))
     if "layer" not in found.data.coords:
         return scores
-    return HeadScores(**{
-        name: None if value is None else value.assign_coords(layer=found.data["layer"].values)
-        for name, value in vars(scores).items()})
+    named = {"layer": found.data["layer"].values}
+    return HeadScores(scores.scores.assign_coords(named), *(
+        None if one is None else one.assign_coords(named)
+        for one in (scores.frequency, scores.standard_error, scores.eligible)))
 
 
 def stages(n_layers: int) -> tuple[range, range, range]:

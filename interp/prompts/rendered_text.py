@@ -59,6 +59,7 @@ def pages(
     color: Color = BLACK,
     background: Color = WHITE,
     margin: int = 8,
+    square: bool = False,
 ) -> tuple[TextPicture, ...]:
     """Wrapped text on as many pages of one size as it needs, every word with its box.
 
@@ -70,6 +71,7 @@ def pages(
     Args:
         characters: of a line at most. lines: of a page.
         font_size: in pixels.
+        square: add empty space at the right or bottom, for processors that crop to a square.
 
     Raises:
         PromptError: text without words, or a word longer than a line.
@@ -90,6 +92,7 @@ def pages(
                 for line in wrapped)
     height = pen.textbbox((0, 0), "Ég|y", font=font)[3] + max(2, font_size // 4)
     size = (int(width) + 2 * margin + 2, int(height) * lines + 2 * margin)
+    size = (max(size), max(size)) if square else size
     return tuple(
         rendered_text("\n".join(wrapped[first : first + lines]), size, font_size, color,
                       background, margin)
@@ -102,6 +105,7 @@ def passkey(
     groups: int = 3,
     depth: float = 0.5,
     font_size: int = 16,
+    square: bool = False,
 ) -> RenderedPasskey:
     """A text of about so many characters with a key of digit groups in it, rendered on pages.
 
@@ -115,6 +119,7 @@ def passkey(
         groups: number of groups, two or three digits each, all different; each is a word with a
             box of its own.
         depth: where in the text, from 0 (first sentence) to 1 (last).
+        square: see `pages`.
 
     Raises:
         ValueError: a depth outside [0, 1], or no groups.
@@ -129,7 +134,7 @@ def passkey(
     sentences.insert(round(depth * len(sentences)),
                      f"Remember that {' '.join(key)} is the pass key.")
     text = " ".join(sentences)
-    made = pages(text, font_size=font_size)
+    made = pages(text, font_size=font_size, square=square)
     boxes = {word.text: (number, word.box) for number, page in enumerate(made)
              for word in page.words}
     return RenderedPasskey(made, text, key, tuple(boxes[group] for group in key))

@@ -53,6 +53,13 @@ def test_a_key_lies_at_its_depth_and_in_its_boxes(depth, first, last):
     assert [p.image for p in hidden.pages] == hidden.images
 
 
+def test_a_square_page_has_the_same_words_in_the_same_boxes():
+    plain, square = (pages(TEXT, characters=20, lines=2, square=s) for s in (False, True))
+    width, height = plain[0].image.size
+    assert width != height and {p.image.size for p in square} == {(max(width, height),) * 2}
+    assert [p.words for p in plain] == [p.words for p in square]
+
+
 def test_keys_differ_with_the_seed_and_repeat_with_it():
     one, same, other = (passkey(np.random.default_rng(seed), 200) for seed in (0, 0, 1))
     assert one.groups == same.groups and one.text == same.text != other.text
