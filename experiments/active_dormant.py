@@ -489,18 +489,22 @@ SINK = "layer_0_first_token_attention_non_trigger"
 
 def _draw_dynamics(data: xr.Dataset, out: Output) -> None:
     figure, axes = canvas(1, 4, width=PAGE, height=2.0)
-    panels = (("copy", "copy risk (nats)"), (SINK, "attention to token 0, resting"),
-              ("layer_0_value_norm_ratio", "value norm, token 0 / others"),
-              ("bigram_excess", "bigram risk above the oracle (nats)"))
+    panels = (("copy", "copy risk (nats)"), (SINK, "rest on token 0"),
+              ("layer_0_value_norm_ratio", "value norm ratio"),
+              ("bigram_excess", "bigram excess (nats)"))
     for ax, (key, label) in zip(axes, panels):
         for variant in data.variant.values:
             ax.plot(data.step, data[key].sel(variant=variant), label=str(variant))
         ax.set_xscale("log")
+        ax.set_xticks([s for s in (10, 30, 100, 300, 1000) if s <= int(data.step[-1])])
+        ax.minorticks_off()
+        ax.xaxis.set_major_formatter("{x:g}")
         ax.set_xlabel("step")
         ax.set_ylabel(label)
     for ax in (axes[0], axes[3]):
         ax.set_yscale("log")
-    axes[0].legend(fontsize=5)
+        ax.yaxis.set_minor_formatter("")
+    axes[0].legend(fontsize=5, loc="lower left", frameon=False)
     out.figure("dynamics", figure)
 
 
