@@ -182,7 +182,7 @@ def measure(
     data = xr.Dataset(coords={"sample": np.arange(n), "layer": found["layer"].values,
                               "head": found["head"].values})
     for name, (bands, count) in _bands(length, copies).items():
-        values = sum(mass[..., index[o]] for o in bands) / count
+        values = np.stack([mass[..., index[o]] for o in bands]).sum(0) / count
         own, control = values[:n], values[n:]
         each = ("layer", "head")
         data[f"{name}_samples"] = ("sample", *each), own

@@ -5,7 +5,7 @@ L0H1 copies the token before; L1H2 looks for the place whose token before is thi
 stands there. The other heads attend at random and write nothing, so every truth is known.
 """
 
-from typing import Optional, SupportsFloat
+from typing import Any, Optional, SupportsFloat
 
 import numpy as np
 import torch
@@ -48,7 +48,8 @@ def circuit(speaks: bool = True) -> GPT2LMHeadModel:
         for name, weight in model.named_parameters():
             if "ln" not in name:
                 weight.zero_()
-        for block in model.transformer.h:
+        blocks: Any = list(model.transformer.h)
+        for block in blocks:
             # Heads that look somewhere, and write nothing.
             block.attn.c_attn.weight[:, : 2 * width].normal_(std=0.05)
         model.transformer.wte.weight[:, TOKEN] = 3 * torch.eye(VOCAB)
@@ -59,9 +60,9 @@ def circuit(speaks: bool = True) -> GPT2LMHeadModel:
         for position in range(LENGTH):
             model.transformer.wpe.weight[position, PLACE] = torch.tensor(
                 _code(position), dtype=torch.float32)
-        back, finds = (model.transformer.h[i].attn for i in (0, 1))
+        back, finds = (block.attn for block in blocks)
         for layer, head in (BACK, RETRIEVES):
-            attention = model.transformer.h[layer].attn.c_attn.weight
+            attention = blocks[layer].attn.c_attn.weight
             for part in (0, 1):
                 start = part * width + head * D_HEAD
                 attention[:, start : start + D_HEAD] = 0
