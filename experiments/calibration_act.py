@@ -166,7 +166,7 @@ def _maps(model: Any, prompts: list, found: Result, out: Output) -> None:
         ax.scatter(keys, np.full(len(keys), 1.0), 4 + 60 * often[keys], marker="v", linewidth=0,
                    color=VERMILION, zorder=3)
         ax.set_xlim(-0.5, size - 0.5)
-        ax.set_xticks([0, size // 2, size - 1])
+        ax.set_xticks([0, size // 2, size - 1], ["0", str(size // 2), str(size - 1)])
         ax.set_ylim(size - 0.5, -0.5)
         ax.set_title(f"layer {layer}")
     figure.suptitle(f"{model.name}: mean attention (colors from 0 to .3)")

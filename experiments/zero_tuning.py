@@ -195,6 +195,13 @@ def _sign(model: Any, found: dict[str, Result], out: Output) -> None:
     if never:
         _skip(out, model, f"no item of {never[0]} is answered right under any gamma", "sign")
         return
+    flat = [kind for kind, (a, _) in values.items() if np.ptp(a.mean(1)) == 0]
+    if flat:
+        likeliest = {kind: GAMMAS[int(b.mean(1).argmax())] for kind, (_, b) in values.items()}
+        _skip(out, model, f"accuracy on {flat[0]} is the same for every gamma (the answers are "
+              "most probable at gamma " + ", ".join(
+                  f"{g:g} in {kind}" for kind, g in likeliest.items()) + ")", "sign")
+        return
     n = min(v[0].shape[1] for v in values.values())
 
     def apart(rows: np.ndarray) -> float:
