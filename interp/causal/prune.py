@@ -91,15 +91,17 @@ class Answers:
         >>> bool(metric(model, [Prompt.from_tokens(range(3, 12))])[0] in (0.0, 1.0))
         True
 
-    With `log_prob`, the log probability of the token instead, in nats.
+    With `log_prob`, the log probability of the token instead, in nats. Metrics with the same `key`
+    share their passes; by default it is the tokens.
     """
 
     dim = "prompt"
 
     def __init__(
         self, name: str, tokens: Sequence[SupportsIndex], log_prob: bool = False,
-        batch_size: int = 8,
+        batch_size: int = 8, key: Any = None,
     ) -> None:
+        self.key = [int(token) for token in tokens] if key is None else key
         self.name, self.tokens = name, [int(token) for token in tokens]
         self.log_prob, self.batch_size = bool(log_prob), int(batch_size)
         self.unit = "nats" if log_prob else "share of prompts"
@@ -114,8 +116,8 @@ class Answers:
 
     @property
     def shared(self) -> str:
-        # The tokens are part of it only because finished cells are kept under this key.
-        return key_of("last row", self.tokens if not self.log_prob else self.tokens + [-1])
+        # Tokens are part of it only because finished cells are kept under name and key.
+        return key_of("last row", self.key)
 
     def passes(self, model: Model, prompts: Sequence[Prompt], write: Any) -> Tensor:
         """The last row of every prompt, `[prompt, vocab]`."""
@@ -141,6 +143,7 @@ def choose_count(
     by: str = "zero",
     phase: Phase = "all",
     value: Any = None,
+    batch_size: int = 8,
 ) -> Result:
     """How many heads to prune: what makes most development prompts give the wanted answer.
 
@@ -174,7 +177,8 @@ def choose_count(
             f"there are {available} {against} heads, and none of the counts {list(counts)} is "
             "between 1 and that."
         )
-    metrics = [Answers("usage", wanted), Answers("log_prob", wanted, log_prob=True)]
+    metrics = [Answers("usage", wanted, batch_size=batch_size),
+               Answers("log_prob", wanted, log_prob=True, batch_size=batch_size)]
     found = evaluate(model, prompts, metrics,
                      [prune(scores, against, c, by, phase, value) for c in tried])
     best = max(tried, key=lambda c: (*(float(found[m.name][tried.index(c)].mean())

@@ -18,11 +18,12 @@ from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from interp.causal.controls import most_excludable
 from interp.causal.metrics import TextLoss
 from interp.causal.patch import AnswerLogits, path_attribution, path_patching
-from interp.causal.prune import Answers, ranked
+from interp.causal.prune import Answers, Source, ranked
 from interp.causal.sweep import ablation_sweep
-from interp.core import Head, HeadScores, Prompt, PromptError, Result
+from interp.core import Head, HeadScores, OutOfRange, Prompt, PromptError, Result
 from interp.core.head import HeadLike
 from interp.figures import head_grid
 from interp.models.model import Model
@@ -89,10 +90,11 @@ def measure(
     Returns:
         `[layer, head]`: `score`, `frequency` (share of prompts in which the head acts for memory),
         `standard_error`, `null` (the 95 % quantile of |score| for other answers of the same cases
-        in place of the two: what a head does to answers at large), `eligible`; `estimate` with
-        `screen`. `[sample, layer, head]`: `samples` (S_m per prompt), `share` (the same for
-        p_context / (p_context + p_memory)), `context`, `memory` (change of either logit). `before`
-        `[sample]`: the context's lead over memory in the untouched prompt, in logits.
+        in place of the two: what a head does to answers at large), `eligible`; `placebo`
+        `[..., pair]`, the scores for those other answers; `estimate` with `screen`.
+        `[sample, layer, head]`: `samples` (S_m per prompt), `share` (the same for
+        p_context / (p_context + p_memory)), `context`, `memory` (change of either logit).
+        `before` `[sample]`: the context's lead over memory in the untouched prompt, in logits.
     """
     cases = list(cases)
     size = (model.n_layers, model.n_heads)
@@ -134,6 +136,7 @@ def measure(
     null = np.full(size, np.nan)
     if placebo.shape[-1]:
         null = np.quantile(abs(placebo.mean(0)), LEVEL, axis=-1)
+    placebo = placebo.mean(0)
     error = samples.std(0, ddof=1) / np.sqrt(len(cases)) if len(cases) > 1 else np.full(size, np.nan)
     grid, each = ("layer", "head"), ("sample", "layer", "head")
     mean = np.where(eligible, score(np.where(np.isnan(change), 0.0, change)).numpy(), np.nan)
@@ -142,7 +145,7 @@ def measure(
         "frequency": (grid, np.where(eligible, (samples > 0).mean(0), np.nan)),
         "standard_error": (grid, error), "samples": (each, samples), "share": (each, share),
         "context": (each, change[..., 0]), "memory": (each, change[..., 1]),
-        "before": ("sample", before),
+        "before": ("sample", before), "placebo": (("layer", "head", "pair"), placebo),
     }, _numbers(model))
     if estimate is not None:
         data["estimate"] = estimate
@@ -197,6 +200,7 @@ def intervene(
     Args:
         cases: other ones than those that `found` was measured on.
         counts: numbers of heads; NaN beyond the number of heads of a kind, or half of all heads.
+            Controls: see `prune_sweep`.
         neutral: texts whose loss shows what the pruning does beside.
 
     Returns:
@@ -209,30 +213,77 @@ def intervene(
         raise PromptError("no conflicts to prune on: give at least one.")
     first = [case.tokens for case in cases]
     metrics: list[Any] = [
-        Answers("memory_usage", [m for _, m in first], batch_size=batch_size),
-        Answers("context_usage", [c for c, _ in first], batch_size=batch_size),
+        Answers(name, [pair[i] for pair in first], batch_size=batch_size, key=first)
+        for i, name in ((1, "memory_usage"), (0, "context_usage"))
     ]
     if neutral:
         metrics.append(TextLoss(list(neutral), batch_size=batch_size))
-    asked = sorted({int(count) for count in counts})
     parts, manifests = {}, {}
     for against in ("memory", "context"):
-        order = ranked(scores(found), against)
-        # Controls hold as many other heads, so at most half of all can be pruned.
-        most = min(len(order), model.n_layers * model.n_heads // 2)
-        possible = [count for count in asked if count <= most]
-        if not order or possible == [0]:
+        if not ranked(scores(found), against):
             continue
-        swept = ablation_sweep(
-            model, [case.clean for case in cases], metrics, order, counts=possible, by=by,
-            seeds=seeds, value=value, folder=folder)
-        parts[against] = swept.data.astype(float).reindex(count=asked)
+        swept = prune_sweep(model, [case.clean for case in cases], metrics, found, against, counts,
+                            by=by, seeds=seeds, value=value, folder=folder)
+        parts[against] = swept.data
         manifests[against] = {k: swept.manifest[k] for k in ("top", "random")}
     if not parts:
         raise ValueError("S_m is zero or unknown for every head, so there is nothing to prune.")
     data = xr.concat([parts[a] for a in parts], xr.Variable("against", list(parts)))
     return Result(data, {**model.manifest(), "measure": "prune memory or context heads", "by": by,
                          "n_prompts": len(cases), **manifests})
+
+
+def prune_sweep(
+    model: Model,
+    prompts: Sequence[Prompt],
+    metrics: Any,
+    found: Result,
+    against: Source,
+    counts: Sequence[SupportsIndex],
+    *,
+    by: str = "zero",
+    seeds: SupportsIndex = 5,
+    value: Any = None,
+    folder: Any = None,
+) -> Result:
+    """`ablation_sweep` of the heads of one kind, with controls that hold none of either kind.
+
+    Example:
+        >>> import interp
+        >>> model = interp.open_model("backcopy-3l")
+        >>> grid = np.full((model.n_layers, model.n_heads), 1.0)
+        >>> labels = {"layer": range(model.n_layers), "head": range(model.n_heads)}
+        >>> scored = xr.Dataset({n: (("layer", "head"), grid if n != "eligible" else grid > 0) for n in
+        ...                      ("score", "frequency", "standard_error", "eligible")}, labels)
+        >>> done = prune_sweep(model, [Prompt.from_tokens([1, 5, 3])], Answers("usage", [5]),
+        ...                    Result(scored), "memory", (0, 1))
+        >>> done["usage"].sizes["count"]
+        2
+
+    A random head that decides for the other side would make pruning look better than it is, so
+    controls avoid the heads with the largest |S_m| of both kinds, as far as the layers have others.
+    Counts beyond the number of heads of the kind, or half of all heads, are NaN.
+    """
+    order = ranked(scores(found), against)
+    asked = sorted({int(count) for count in counts})
+    # Controls hold as many other heads, so at most half of all can be pruned.
+    most = min(len(order), model.n_layers * model.n_heads // 2)
+    both = strongest(found, model.n_layers * model.n_heads)
+    made, manifest = [], {"top": [str(head) for head in order[:most]], "random": {}}
+    for count in [count for count in asked if count <= most]:
+        given: dict[str, Any] = dict(counts=(count,), by=by, seeds=seeds, value=value, folder=folder)
+        barred = both[: 2 * count]
+        try:
+            swept = ablation_sweep(
+                model, prompts, metrics, order,
+                exclude=most_excludable(barred, order[:count], model.n_heads), **given)
+        except OutOfRange:
+            swept = ablation_sweep(model, prompts, metrics, order, **given)
+        made.append(swept.data.astype(float))
+        manifest["random"].update(swept.manifest["random"])
+    if not made:
+        raise ValueError(f"none of the counts {asked} is between 0 and the {most} heads there are.")
+    return Result(xr.concat(made, "count").reindex(count=asked), {**model.manifest(), **manifest})
 
 
 def draw(found: Result, ax: Axes, **more: Any) -> Axes:
@@ -246,7 +297,8 @@ def _numbers(model: Model) -> dict[str, range]:
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.exp(-np.logaddexp(0.0, -x))
+    # NaN, where a head was not patched, stays NaN.
+    return 0.5 * (1.0 + np.tanh(0.5 * x))
 
 
 def _other_answers(

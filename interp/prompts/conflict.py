@@ -170,6 +170,7 @@ def conflicts(
         if name not in FORMATS:
             raise PromptError(f"there is no format {name!r}; choose from: {', '.join(FORMATS)}.")
     found: list[Conflict] = []
+    make = _remembered(make)
     for name, relation in relations.items():
         mine: list[list[Conflict]] = []
         subjects = [str(s) for s in rng.permutation(list(relation.facts))]
@@ -188,6 +189,19 @@ def conflicts(
     return found
 
 
+def _remembered(make: Make) -> Make:
+    """The same prompt is asked for again and again while a twin is looked for."""
+    made: dict[Any, Prompt] = {}
+
+    def once(text: str, segments: Optional[Mapping[str, Any]] = None) -> Prompt:
+        key = (text, tuple((segments or {}).items()))
+        if key not in made:
+            made[key] = make(text, segments=segments) if segments else make(text)
+        return made[key]
+
+    return once
+
+
 def _one(
     make: Make, rng: np.random.Generator, name: str, relation: Relation, subject: str,
     formats: Sequence[str],
@@ -201,7 +215,9 @@ def _one(
     others = [s for s in rng.permutation(sorted(facts)) if s != subject]
     for stated in objects:
         clean = {f: _prompt(make, relation, f, subject, stated) for f in formats}
-        free = [o for o in objects if answers[o][0] != answers[stated][0]]
+        # An answer of other length would move everything after it.
+        free = [o for o in objects if answers[o][0] != answers[stated][0]
+                and len(answers[o]) == len(answers[stated])]
         for twin in _twins(make, relation, clean, others, free):
             closed = _prompt(make, relation, "none", subject, stated)
             return [
