@@ -120,7 +120,7 @@ class _One:
         self.model, self.settings, self.out = model, settings, out
         self.count = settings.pick(64, tiny=8)
         total = model.n_layers * model.n_heads
-        self.counts = (0, 1, 2, 4, 8) if total < 200 else (0, 2, 5, 10, 20)
+        self.counts = (0, 1, 2, 3, 4, 8) if total < 200 else (0, 2, 5, 10, 20)
         self.counts = settings.pick(self.counts, tiny=self.counts[:3])
 
     def claim(self, key: str, estimate: Any, **more: Any) -> None:
@@ -409,43 +409,51 @@ class _One:
             self.claim(key, difference(one, "accuracy", count), null=0.0, direction="below",
                        causal=True, unit="accuracy", control=control, figure="masking", details={
                            "heads": one.manifest["top"][:count], "accuracy untouched": base[task],
+                           "change minus random, by number of heads": {
+                               str(c): str(difference(one, "accuracy", c)) for c in matched},
                            "nats per answer token, minus random": str(
                                difference(one, "log_prob", count)),
                            "other tasks, minus random": {
                                t: _gap(s, count)
                                for t, s in swept[kind].items() if t != task}})
-        self._double(swept, count, control, "double", "accuracy")
-        self._double(swept, count, control, "double_nats", "log_prob")
+        self._double(swept, count, matched, control, "double", "accuracy")
+        self._double(swept, count, matched, control, "double_nats", "log_prob")
 
     def _metrics(self, some: list[Asked]) -> list[Any]:
         wanted = questions.answers(some)
         return [AnswerAccuracy(wanted, batch_size=32), AnswerLogProb(wanted, batch_size=32)]
 
     def _double(
-        self, swept: dict[str, dict[str, Result]], count: int, control: str, key: str, metric: str
+        self, swept: dict[str, dict[str, Result]], count: int, matched: Sequence[int],
+        control: str, key: str, metric: str,
     ) -> None:
         """Is each task hurt more by its own heads than the other task is, both ways?"""
-        def loss(kind: str, task: str) -> np.ndarray:
-            one = swept[kind][task][metric].sel(count=count).mean("seed")
+        def loss(kind: str, task: str, heads: int) -> np.ndarray:
+            one = swept[kind][task][metric].sel(count=heads).mean("seed")
             return (one.sel(condition="random") - one.sel(condition="top")).values
-
-        cells = [loss(k, t) for k in ("OCR heads", "visual heads") for t in ("reading", "color")]
-        n = min(map(len, cells))
 
         def weaker(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> float:
             return float(min((a - b).mean(), (d - c).mean()))
 
-        own = [statistics.difference(cells[0][:n], cells[1][:n]),
-               statistics.difference(cells[3][:n], cells[2][:n])]
-        crossed = statistics.difference(cells[0][:n] + cells[3][:n], cells[1][:n] + cells[2][:n])
-        self.claim(key, statistics.bootstrap(
-            weaker, *(c[:n] for c in cells), resamples=2000,
-            name="loss on the own task minus loss on the other, the smaller of both kinds"),
-            null=0.0, causal=True, control=control, figure="dissociation",
-            unit="accuracy" if metric == "accuracy" else "nats per answer token",
-            details={"OCR heads, reading minus color": str(own[0]),
-                     "visual heads, color minus reading": str(own[1]),
-                     "sum of both (interaction)": str(crossed)})
+        def both(heads: int) -> tuple[statistics.Estimate, list[np.ndarray]]:
+            cells = [loss(k, t, heads) for k in ("OCR heads", "visual heads")
+                     for t in ("reading", "color")]
+            n = min(map(len, cells))
+            cells = [c[:n] for c in cells]
+            return statistics.bootstrap(
+                weaker, *cells, resamples=2000, name="loss on the own task minus loss on the "
+                "other, the smaller of both kinds"), cells
+
+        found, cells = both(count)
+        self.claim(key, found, null=0.0, causal=True, control=control, figure="dissociation",
+                   unit="accuracy" if metric == "accuracy" else "nats per answer token", details={
+                       "by number of heads": {str(c): str(both(c)[0]) for c in matched},
+                       "OCR heads, reading minus color": str(
+                           statistics.difference(cells[0], cells[1])),
+                       "visual heads, color minus reading": str(
+                           statistics.difference(cells[3], cells[2])),
+                       "sum of both (interaction)": str(statistics.difference(
+                           cells[0] + cells[3], cells[1] + cells[2]))})
 
     def _curves(self, swept: dict[str, dict[str, Result]]) -> None:
         if not self.out.wants("masking"):
