@@ -135,7 +135,7 @@ def _sink(model: Any, data: xr.Dataset, out: Output) -> None:
         ax.set_xticks([0, 1], [f"success\n(n = {int((~failed).sum())})",
                                f"failure\n(n = {int(failed.sum())})"])
         ax.set_ylabel(f"attention on {label}")
-        ax.set_ylim(-0.02, None)
+        ax.set_ylim(-0.03 * float(data[name].max()), None)
         ax.set_xlim(-0.5, 1.5)
     note(axes[1], "one dot per prompt, line: mean")
     figure.suptitle(model.name)

@@ -324,7 +324,12 @@ def _signature(model: Any, parts: list[Result], scores: Any, out: Output) -> xr.
                 name="mean attention on token 0, failed minus successful").for_claim(),
             null=0.0, figure="sink", control="prompts that succeed", details={
                 "failed": int(failed.sum()), "heads": [str(h) for h in chosen],
-                "Mann-Whitney p": float(p)}), model.name)
+                "Mann-Whitney p": float(p),
+                "on token 0, failed": float(rows["on_first"][failed].mean()),
+                "on token 0, successful": float(rows["on_first"][~failed].mean()),
+                "on the needle, failed": float(rows["on_needle"][failed].mean()),
+                "on the needle, successful": float(rows["on_needle"][~failed].mean()),
+                "not matched": "failing prompts are longer"}), model.name)
     reason = f"it needs {{}}; {model.name} was asked for needles only"
     out.claim(Claim.untestable(
         SENTENCES["extract"], SOURCE, reason.format("an extractive question-answering set"),
