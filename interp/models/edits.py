@@ -339,6 +339,8 @@ class Edits:
                     continue
                 _, places, value = entry
                 rows = acts & places.among(queries)
+                if not bool(rows.any()):
+                    continue
                 change = Pass(now.start, now.length, now.decoding)
                 moved = p.movedim(1, 0)[rows]
                 new = _pair_value(one, value.to(p), queries, keys, rows, change)

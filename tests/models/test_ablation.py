@@ -109,6 +109,17 @@ def test_an_edit_that_changes_nothing_changes_nothing(opened, architecture):
         assert torch.allclose(model.run(one, write=write).logits[0], base.logits[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("lane", ["hf", "bridge"])
+def test_rows_of_the_prompt_can_be_written_while_generating(opened, lane):
+    model, one = opened("llama", lane), prompt()
+    even = np.tril(np.ones((11, 11))) / np.arange(1, 12)[:, None]
+    write = interp.patch("pattern.1", np.broadcast_to(even, (6, 11, 11)), phase="prefill")
+    run = model.run(one, read="pattern.1", write=write, new_tokens=2)
+    found = run.reads["pattern.1"].values[0, 0]
+    assert np.allclose(found[:, :11, :11], even, atol=1e-6)
+    assert not np.allclose(found[:, 11, :12], 1 / 12, atol=1e-3)
+
+
 def test_every_prompt_can_have_interventions_of_its_own(opened):
     model, one = opened("llama"), prompt()
     writes = [interp.ablate("L0H1"), [], [interp.ablate("L1H0"), interp.block("last", [0])]]
