@@ -12,14 +12,13 @@ import numpy as np
 import xarray as xr
 
 import interp
+from experiments import _conflict_figures as figures
 from experiments import _texts as texts
 from experiments._conflicts import cases_for
 from experiments._output import Output
 from experiments._paper import Paper, Settings
 from interp.causal import prune
 from interp.core import Claim, Head, ModelNotFound, PromptError, Result, statistics
-from interp.figures import heat
-from interp.figures.style import CYCLE, PAGE, canvas, color, note
 from interp.heads import memory_context
 from interp.prompts.conflict import FORMATS, Conflict, closed_book, split
 
@@ -166,7 +165,7 @@ def _one(of: _Subject, known: Sequence[bool]) -> None:
     _kinds(of, found, held_out, details)
     _depth(of, held_out, count, details)
     _maps(of, top)
-    _signals(of, found, top)
+    of.out.figure("signals", figures.signals(found, top, of.name), of=of.name)
     _pruning(of, found, details)
     _transfer(of, details)
     _superposition(of, count)
@@ -188,12 +187,12 @@ def _kinds(of: _Subject, found: Result, held_out: Result, details: dict[str, Any
             of.skip(key, f"no head has S_m {'above' if sign > 0 else 'below'} zero")
             continue
         head = order[0]
-        null = float(held_out["null"].sel(layer=head.layer, head=head.head))
+        null = memory_context.chance(held_out)
         of.claim(
             key, statistics.mean(_mean_score(held_out, [head]), groups=groups),
             null=sign * null if np.isfinite(null) else 0.0,
             direction="above" if sign > 0 else "below", unit="logits", figure="map",
-            control="the same head's effect on pairs of other answers (95 % quantile)",
+            control="the largest effect of any head on pairs of other answers (95 % quantile)",
             details={**details, "head": str(head)})
 
 
@@ -221,38 +220,9 @@ def _depth(of: _Subject, found: Result, count: int, details: dict[str, Any]) -> 
 def _maps(of: _Subject, top: Sequence[Head]) -> None:
     if not of.out.wants("map"):
         return
-    grids = {name: of.heads("dev", name)["score"] for name in FORMATS}
-    reach = max(float(abs(grid).max()) for grid in grids.values()) or 1.0
-    figure, axes = canvas(1, len(FORMATS), width=PAGE, height=2.2, sharey=True)
-    for ax, name in zip(axes, grids):
-        last = name == FORMATS[-1]
-        memory_context.draw(of.heads("dev", name), ax, limits=(-reach, reach), bar=last,
-                            mark=top if name == MAIN else ())
-        ax.set_title("no context" if name == "none" else name)
-        if ax is not axes[0]:
-            ax.set_ylabel("")
-    figure.suptitle(f"{of.name}, {len(of.of('dev'))} conflicts (outlined: strongest heads)")
+    figure = figures.maps({name: of.heads("dev", name) for name in FORMATS}, MAIN, top,
+                          f"{of.name}, {len(of.of('dev'))} conflicts (outlined: strongest heads)")
     of.out.figure("map", figure, of=of.name)
-
-
-def _signals(of: _Subject, found: Result, top: Sequence[Head]) -> None:
-    figure, ax = canvas(1, 1)
-    memory, context = (found[name].mean("sample") for name in ("memory", "context"))
-    ax.axhline(0, color=color("control"), linewidth=0.6)
-    ax.axvline(0, color=color("control"), linewidth=0.6)
-    ax.scatter(memory.values.ravel(), context.values.ravel(), s=9, color=color("control"))
-    named = [*top[:6], *prune.ranked(memory_context.scores(found), "memory")[:1]]
-    for head in dict.fromkeys(named):
-        x, y = (float(v.sel(layer=head.layer, head=head.head)) for v in (memory, context))
-        role = "secondary" if y > x else "primary"
-        ax.scatter(x, y, s=18, color=color(role), zorder=3)
-        ax.annotate(str(head), (x, y), xytext=(3, 3), textcoords="offset points", fontsize=7)
-    ax.set_xlabel("change of the memorized answer's logit")
-    ax.set_ylabel("change of the stated answer's logit")
-    ax.margins(0.15)
-    ax.set_title(of.name)
-    note(ax, "blue: memory heads, red: context heads, gray: the others")
-    of.out.figure("signals", figure, of=of.name)
 
 
 # -- pruning -------------------------------------------------------------------------------------
@@ -264,8 +234,9 @@ def _wanted(cases: Sequence[Conflict], against: str) -> list[int]:
 
 
 def _choose(of: _Subject, cases: Sequence[Conflict], found: Result, against: str) -> Optional[int]:
-    most = of.model.n_layers * of.model.n_heads // 2
-    counts = [c for c in of.settings.pick(prune.COUNTS, tiny=(1, 3)) if c <= most]
+    # At most a quarter of all heads, so that enough others remain for controls.
+    most = max(2, of.model.n_layers * of.model.n_heads // 4)
+    counts = [c for c in of.settings.pick((*prune.COUNTS, 2), tiny=(1, 2)) if c <= most]
     try:
         chosen = prune.choose_count(
             of.model, [case.clean for case in cases], _wanted(cases, against),
@@ -280,7 +251,7 @@ def _pruning(of: _Subject, found: Result, details: dict[str, Any]) -> None:
     test = test[: of.settings.pick(36, tiny=8)]
     chosen = {kind: _choose(of, dev[: of.settings.pick(36, tiny=8)], found, kind)
               for kind in ("memory", "context")}
-    counts = sorted({0, 1, 3, *of.settings.pick((5, 7), tiny=()),
+    counts = sorted({0, 1, 2, *of.settings.pick((3, 5, 7), tiny=()),
                      *(c for c in chosen.values() if c)})
     neutral, silent = _neutral(of)
     done = memory_context.intervene(of.model, test, found, counts=counts, neutral=neutral,
@@ -323,7 +294,7 @@ def _pruning(of: _Subject, found: Result, details: dict[str, Any]) -> None:
                                                             count=chosen["context"])),
                  details={"heads pruned": chosen["context"],
                           "loss": _losses(done, "context", chosen["context"])})
-    _draw_pruning(of, done, chosen)
+    of.out.figure("pruning", figures.pruning(done, chosen, of.model, of.name), of=of.name)
 
 
 def _neutral(of: _Subject) -> tuple[list[Any], str]:
@@ -346,35 +317,6 @@ def _control(layer_matched: Any) -> str:
     if bool(layer_matched):
         return "as many random heads of the same layers, of neither kind where possible, 5 sets, paired"
     return "as many random heads, 5 sets, paired (a layer has too few others to match layers)"
-
-
-def _draw_pruning(of: _Subject, done: Result, chosen: dict[str, Optional[int]]) -> None:
-    kinds = list(done["against"].values)
-    figure, axes = canvas(1, len(kinds), width=PAGE * len(kinds) / 2, height=2.5, sharey=True,
-                          squeeze=False)
-    total = of.model.n_layers * of.model.n_heads
-    for ax, kind in zip(axes[0], kinds):
-        for usage, role in (("memory_usage", "secondary"), ("context_usage", "primary")):
-            for condition, dashes in (("random", "--"), ("top", "-")):
-                rate = done[usage].sel(against=kind, condition=condition)
-                rate = rate.mean(("seed", "prompt")).dropna("count")
-                word = usage.split("_")[0]
-                ax.plot(100 * rate["count"] / total, 100 * rate, dashes, marker="o",
-                        color=color("control" if condition == "random" else role),
-                        alpha=1.0 if condition == "top" else 0.8,
-                        markerfacecolor="none" if usage == "context_usage" else None,
-                        label=f"{word} usage" + (", random heads" if condition == "random" else ""))
-        if chosen.get(kind):
-            ax.axvline(100 * chosen[kind] / total, color="black", linestyle=":", linewidth=0.8)
-        ax.set_title(f"{kind} heads pruned")
-        ax.set_xlabel("heads pruned (% of all)")
-        ax.set_ylim(-4, 104)
-        ax.label_outer()
-    axes[0, 0].set_ylabel("share of conflicts (%)")
-    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
-    note(axes[0, -1], "dotted: number chosen on the development half")
-    figure.suptitle(of.name)
-    of.out.figure("pruning", figure, of=of.name)
 
 
 # -- other formats and relations -----------------------------------------------------------------
@@ -403,6 +345,23 @@ def _agreement(first: Result, second: Result) -> Any:
                                 name="Spearman correlation over heads")
 
 
+def _between_relations(of: _Subject, relations: Sequence[str]) -> Any:
+    """Mean agreement of the maps of all ordered pairs of relations, with an interval over prompts."""
+    rows = [[of.heads(part, MAIN, r)["samples"].values for r in relations] for part in ("dev", "test")]
+    size = min(len(one) for some in rows for one in some)
+    flat = [one[:size].reshape(size, -1) for some in rows for one in some]
+    known = np.isfinite(np.stack([one[0] for one in flat])).all(0)
+    count = len(relations)
+
+    def agreement(*samples: np.ndarray) -> float:
+        means = [one.mean(0) for one in samples]
+        return float(np.mean([_spearman(means[a], means[count + b])
+                              for a in range(count) for b in range(count) if a != b]))
+
+    return statistics.bootstrap(agreement, *(one[:, known] for one in flat), resamples=500,
+                                name="mean Spearman correlation over pairs of relations")
+
+
 def _transfer(of: _Subject, details: dict[str, Any]) -> None:
     relations = sorted({case.relation for case in of.cases})
     formats = [name for name in FORMATS if name != "none"]
@@ -415,11 +374,8 @@ def _transfer(of: _Subject, details: dict[str, Any]) -> None:
         of.skip("relations", f"{of.name} is asked about {len(enough)} relation with enough known "
                 f"facts ({', '.join(enough) or 'none'}); two are needed")
     else:
-        values = [_spearman(of.heads("dev", MAIN, a)["score"].values.ravel(),
-                            of.heads("test", MAIN, b)["score"].values.ravel())
-                  for a in enough for b in enough if a != b]
-        of.claim("relations", statistics.mean([v for v in values if np.isfinite(v)]), null=0.0,
-                 figure="transfer", unit="Spearman over heads, mean over ordered pairs")
+        of.claim("relations", _between_relations(of, enough), null=0.0, figure="transfer",
+                 details={"relations": enough})
     groups = [(r, f) for r in enough for f in formats]
     if not groups:
         _give_up(of.name, "no relation has enough known facts", of.out, ["transfer"], ["transfer"])
@@ -466,18 +422,7 @@ def _matrix(of: _Subject, groups: Sequence[tuple[str, str]]) -> None:
                  causal=True, control=_control(min(matched)), unit="share of prompts",
                  figure="transfer",
                  details={"sets of conflicts": names, "gain": gain.round(3).tolist()})
-    figure, axes = canvas(1, 2, width=PAGE, height=max(2.3, 0.34 * size + 1.5), sharey=True)
-    for ax, values, title, label in (
-        (axes[0], gain, "pruned", "gain in memory usage"),
-        (axes[1], agree, "maps compared", "Spearman of $S_m$"),
-    ):
-        grid = xr.DataArray(values, {"found on": names, "used on": names}, ("found on", "used on"))
-        heat.draw(ax, grid, label=label, limits=(-1, 1), signed=True, annotate=".2f", upward=False,
-                  x="tested on (other subjects)", y="heads found on", hatched="no context head")
-        ax.set_title(title)
-    axes[1].set_ylabel("")
-    figure.suptitle(of.name)
-    of.out.figure("transfer", figure, of=of.name)
+    of.out.figure("transfer", figures.transfer(gain, agree, names, of.name), of=of.name)
 
 
 # -- superposition -------------------------------------------------------------------------------
@@ -490,12 +435,11 @@ def _superposition(of: _Subject, count: int) -> None:
     for name in FORMATS:
         chosen += memory_context.strongest(of.heads("dev", name), count)
     heads = sorted(set(chosen))
-    samples, nulls = {}, {}
+    samples = {}
+    nulls = {name: float(np.nan_to_num(memory_context.chance(one))) for name, one in found.items()}
     for name, one in found.items():
         samples[name] = np.stack([one["samples"].sel(layer=h.layer, head=h.head).values
                                   for h in heads], 1)
-        nulls[name] = np.array([float(one["null"].sel(layer=h.layer, head=h.head)) for h in heads])
-        nulls[name] = np.nan_to_num(nulls[name])
     kept = [i for i in range(len(heads)) if all(np.isfinite(s[:, i]).all() for s in samples.values())]
     size = min(len(s) for s in samples.values())
     if not kept or size < statistics.FEWEST:
@@ -504,7 +448,7 @@ def _superposition(of: _Subject, count: int) -> None:
         return
 
     def share(means: Sequence[np.ndarray]) -> float:
-        signs = [np.where(abs(mean) > nulls[name][kept], np.sign(mean), 0.0)
+        signs = [np.where(abs(mean) > nulls[name], np.sign(mean), 0.0)
                  for name, mean in zip(FORMATS, means)]
         return float(((np.max(signs, 0) > 0) & (np.min(signs, 0) < 0)).mean())
 
@@ -517,32 +461,17 @@ def _superposition(of: _Subject, count: int) -> None:
     placebo = [np.stack([found[n]["placebo"].sel(layer=heads[i].layer, head=heads[i].head).values
                          for i in kept]) for n in FORMATS]
     pairs = min(one.shape[1] for one in placebo)
-    chance = [share([one[:, pair] for one in placebo]) for pair in range(pairs)]
-    null = float(np.quantile(chance, memory_context.LEVEL)) if pairs else 0.0
+    by_chance = [share([one[:, pair] for one in placebo]) for pair in range(pairs)]
+    null = float(np.quantile(by_chance, memory_context.LEVEL)) if pairs else 0.0
     turned = {str(heads[i]): {n: round(float(samples[n][:, i].mean()), 3) for n in FORMATS}
               for i in kept}
     of.claim("superposition", estimate, null=null, figure="superposition",
              control="the same for pairs of other answers (95 % quantile)",
-             details={"S_m": turned,
-                      "chance level": {n: dict(zip(turned, nulls[n][kept].round(3).tolist()))
-                                       for n in FORMATS}})
+             details={"S_m": turned, "chance level of |S_m|": nulls})
     if not of.out.wants("superposition"):
         return
     shown = sorted(kept, key=lambda i: -max(abs(samples[n][:, i].mean()) for n in FORMATS))[:12]
-    figure, ax = canvas(1, 1, width=PAGE * 0.7, height=max(2.0, 0.32 * len(shown) + 1.0))
-    for row, i in enumerate(shown):
-        for k, name in enumerate(FORMATS):
-            chance, y = float(nulls[name][i]), row + 0.2 * (k - 1)
-            ax.fill_betweenx([y - 0.1, y + 0.1], -chance, chance, color="#DDDDDD", linewidth=0)
-            one = statistics.mean(samples[name][:, i], resamples=1000)
-            low, high = one.interval
-            ax.errorbar(one.value, row + 0.2 * (k - 1), xerr=[[one.value - low], [high - one.value]],
-                        fmt="o", color=CYCLE[k], markersize=3.5, linewidth=1.2,
-                        label=("no context" if name == "none" else name) if row == 0 else None)
-    ax.axvline(0, color="black", linewidth=0.6)
-    ax.set_yticks(range(len(shown)), [str(heads[i]) for i in shown])
-    ax.invert_yaxis()
-    ax.set_xlabel("$S_m$ (logits): context head < 0 < memory head")
-    ax.legend(loc="best")
-    ax.set_title(of.name)
+    figure = figures.superposition(
+        {name: samples[name][:, shown] for name in FORMATS}, nulls, [str(heads[i]) for i in shown],
+        of.name)
     of.out.figure("superposition", figure, of=of.name)

@@ -107,6 +107,7 @@ def measure(
         data = {name: (("layer", "head"), nothing)
                 for name in ("score", "frequency", "standard_error", "null")}
         data["eligible"] = (("layer", "head"), np.zeros(size, dtype=bool))
+        data["placebo"] = (("layer", "head", "pair"), np.zeros((*size, 0)))
         return Result(xr.Dataset(data, _numbers(model)), {
             **about, "note": "no conflict was given: none passed the closed-book check"})
     clean, twin = [c.clean for c in cases], [c.corrupt for c in cases]
@@ -171,6 +172,23 @@ def strongest(found: Result, count: SupportsIndex) -> list[Head]:
         [L0H1]
     """
     return HeadScores(abs(found["score"]), eligible=found["eligible"]).top(int(count))
+
+
+def chance(found: Result) -> float:
+    """What |S_m| of the strongest head reaches for answers that mean nothing in the prompt.
+
+    Example:
+        >>> placebo = xr.DataArray(np.array([[[0.1, -0.3], [0.2, 0.0]]]), dims=("layer", "head", "pair"))
+        >>> round(chance(Result(xr.Dataset({"placebo": placebo}))), 3)
+        0.295
+
+    The 95 % quantile, over pairs of other answers, of the largest |S_m| of any head: one level for
+    all heads, so that looking at many of them finds none by chance. NaN without other answers.
+    """
+    placebo = abs(found["placebo"])
+    if not placebo.sizes["pair"] or not bool(placebo.notnull().any()):
+        return float("nan")
+    return float(np.quantile(placebo.max(("layer", "head")), LEVEL))
 
 
 def intervene(

@@ -49,6 +49,8 @@ def test_planted_heads_are_found_with_their_sign_and_no_others(found, kind):
     for head in (*planted.MEMORY_HEADS, *planted.CONTEXT_HEADS):
         null = float(found[kind]["null"].sel(layer=head[0], head=head[1]))
         assert abs(scores[Head(*head)]) > 3 * null > 0
+        assert abs(scores[Head(*head)]) > 3 * memory_context.chance(found[kind])
+    assert memory_context.chance(found[kind]) >= float(found[kind]["null"].max())
 
 
 def test_without_a_context_only_memory_heads_act(found):
@@ -99,7 +101,7 @@ def test_no_case_means_no_scores_and_says_so(model):
     nothing = memory_context.measure(model, [])
     assert np.isnan(nothing["score"]).all() and not nothing["eligible"].any()
     assert nothing.manifest["n"] == 0 and "closed-book" in nothing.manifest["note"]
-    assert memory_context.scores(nothing).top(3) == []
+    assert memory_context.scores(nothing).top(3) == [] and np.isnan(memory_context.chance(nothing))
 
 
 def test_what_is_known_is_measured_not_assumed(cases):
