@@ -1,3 +1,0 @@
-"""Where `interp.core.statistics` used to live."""
-
-from interp.core.statistics import *  # noqa: F403
