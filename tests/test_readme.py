@@ -7,9 +7,10 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 def test_the_example_of_the_readme_runs(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     scope: dict = {}
-    exec(compile(code, "README.md", "exec"), scope)
+    exec(compile("\n".join(blocks), "README.md", "exec"), scope)
+    assert len(blocks) == 2 and scope["found"]["accuracy"].sel(count=0).min() == 1
     assert len(scope["heads"]) == 3
     assert float(scope["change"].abs().max()) > 0
     assert "resid_post" in capsys.readouterr().out

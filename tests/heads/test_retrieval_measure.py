@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import interp
+from interp.causal.metrics import AnswerAccuracy
+from interp.causal.sweep import ablation_sweep, difference
 from interp.core import Prompt, PromptError, SegmentNotFound
 from interp.core.errors import NumericalError
 from interp.heads import retrieval
@@ -43,6 +45,21 @@ def bundled():
 def needles():
     return [one.prompt for one in synthetic(
         reader.needle, (48, 64), (0.0, 0.5, 1.0), np.random.default_rng(0))]
+
+
+@pytest.mark.parametrize("by", ["zero", "mean", "uniform"])
+@pytest.mark.parametrize("phase", ["decode", "all"])
+def test_the_written_head_is_needed_and_layer_matched_heads_are_not(written, by, phase):
+    model, prompts = written
+    ranking = retrieval.scores_of(retrieval.measure(model, prompts, new_tokens=3))
+    answers = model.generate(prompts, 1)
+    found = ablation_sweep(
+        model, prompts, AnswerAccuracy(answers, decode_last=True), ranking, counts=(0, 1), by=by,
+        phase=phase)
+    assert bool(found["layer_matched"].sel(count=1)) and found.manifest["top"] == ["L1H2"]
+    gap = difference(found, "accuracy", 1)
+    print(by, phase, gap)
+    assert gap.value < -0.9 and gap.interval[1] < -0.5
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_oss", "mistral"])

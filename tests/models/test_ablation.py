@@ -9,7 +9,8 @@ import torch
 import interp
 from interp.models.model import Model
 
-DECODERS = ("gpt2", "llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt_oss", "gpt_neox", "opt")
+DECODERS = ("gpt2", "llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt_oss", "gpt_neox", "opt",
+            "llava", "qwen2_5_vl")
 HEAD = "L1H2"
 
 
@@ -98,6 +99,18 @@ def test_the_last_prompt_token_can_be_the_first_decoding_step(opened, architectu
     assert not torch.allclose(early, late, atol=1e-3)
     last = model.run(one, write=write, decode_last=True, logits="last").logits[0]
     assert last.shape[0] == 1 and torch.allclose(last[0], early, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", DECODERS)
+def test_exactly_the_named_heads_are_ablated_in_every_row(opened, architecture):
+    """Counted: a released script's ablation never reached the heads of three of its models."""
+    model, one = opened(architecture), prompt()
+    named = ["L0H1", "L1H0", "L1H3", "L2H2"]
+    run = model.run(one, read="z", new_tokens=2, write=interp.ablate(named))
+    fired = {str(interp.Head(int(a), int(b))): int((~run.reads["z"].values[0][a, :, b].any(-1)).sum())
+             for a in range(3) for b in range(model.n_heads)}
+    assert {head for head, rows in fired.items() if rows} == set(named)
+    assert {fired[head] for head in named} == {len(one) + 2}
 
 
 @pytest.mark.parametrize("architecture", DECODERS)
