@@ -22,7 +22,8 @@ from interp.core.head import HeadLike, check_heads
 from interp.core.head import heads as as_heads
 from interp.core.prompt import Where
 from interp.core.site import check_layers
-from interp.models import head_gradients, tl_patching
+from interp.models import tl_patching
+from interp.models.head_gradients import head_gradients
 from interp.models.model import Model
 from interp.models.run import READ_DIMS
 from interp.prompts.counterfactual import check_aligned
@@ -242,10 +243,13 @@ def path_attribution(
     check_count(against, clean)
     change = (_last_states(model, corrupt, ("z",), batch_size)[0]["z"]
               - _last_states(model, clean, ("z",), batch_size)[0]["z"])
-    rows = [
-        (head_gradients.head_gradients(model, prompt, [int(a)], [int(b)]) * one).sum(-1)
-        for prompt, a, b, one in zip(clean, toward, against, change)
-    ]
+    rows = []
+    for prompt, a, b, one in zip(clean, toward, against, change):
+        def gap(logits: Tensor, a: int = int(a), b: int = int(b)) -> Tensor:
+            return logits[-1, a] - logits[-1, b]
+
+        slope = head_gradients(model, prompt, gap, direct=True).z[:, -1].numpy()
+        rows.append((slope * one).sum(-1))
     data = xr.Dataset({"estimate": (("prompt", "layer", "head"), np.stack(rows))},
                       {"layer": range(model.n_layers), "head": range(model.n_heads)})
     return Result(data, {**model.manifest(), "measure": "path_attribution", "unit": "logits"})

@@ -21,7 +21,7 @@ from torch import Tensor
 from interp.core import Prompt, PromptError, Result, block
 from interp.core.intervention import each
 from interp.figures import layer_curve
-from interp.models.gradient import head_gradients
+from interp.models.head_gradients import head_gradients
 from interp.models.model import Model
 
 Groups = Mapping[str, Sequence[int]]

@@ -1,72 +1,134 @@
-"""How the last row's logits change with each head's output, all other heads held where they are.
+"""Gradients of a scalar with respect to the heads' outputs, and through them to attention.
 
-The gradient along the direct path (residual stream, MLPs, norms) of one pass: to first order what
-path patching measures with one pass per head.
+The derivative by an attention weight needs no attention matrix: with z_t the sum over keys of
+A_ts v_s, the derivative of a loss by A_ts is the product of its derivative by z_t with v_s.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from interp.core import Prompt
+from interp.core.errors import NumericalError, SiteRefused
 from interp.models import attention as attend
-from interp.models.edits import Edits, Pass, Shape
-from interp.models.lane_hf import LaneHF
+from interp.models.edits import Edits, Pass
 from interp.models.model import Model
 
 
-class _Leaves(Edits):
-    """An edit that changes nothing, but cuts every block's "z" off from what made it."""
+@dataclass(frozen=True)
+class Gradients:
+    """One prompt's loss, its derivative by every head's output, and the values of all layers.
 
-    def __init__(self, prompt: Prompt, shape: Shape) -> None:
-        super().__init__(prompt, (), shape)
+    `z` [layer, position, head, d_head] and `v` [layer, position, kv_head, d_head], both float32.
+    """
+
+    loss: float
+    z: Float[Tensor, "layer position head d_head"]
+    v: Float[Tensor, "layer position kv_head d_head"]
+
+    def by_attention(self, layer: int) -> Float[Tensor, "head query key"]:
+        """The derivative of the loss by every attention weight of a layer, hidden ones included.
+
+        For short prompts; to sum over a few keys use `z` and `v` themselves.
+        """
+        group = self.z.shape[2] // self.v.shape[2]
+        value = self.v[layer].repeat_interleave(group, 1)
+        return torch.einsum("qhd,khd->hqk", self.z[layer], value)
+
+
+class _Leaves(Edits):
+    """Marks each layer's head outputs, so that the loss can be differentiated by them."""
+
+    def __init__(self, prompt: Prompt, model: Model, direct: bool) -> None:
+        super().__init__(prompt, (), model.shape)
+        self.direct = direct
         self.leaves: dict[int, Tensor] = {}
 
     def writes(self, layer: int, name: str) -> bool:
         return name == "z"
 
-    def apply(
-        self, layer: int, name: str, x: Float[Tensor, "position *rest"], now: Pass
-    ) -> Float[Tensor, "position *rest"]:
-        self.leaves[layer] = x.detach().requires_grad_()
-        return self.leaves[layer]
+    def apply(self, layer: int, name: str, x: Tensor, now: Pass) -> Tensor:
+        if name != "z":
+            return x
+        if self.direct:
+            # Cut off from what made it: an earlier head does not act through a later one.
+            self.leaves[layer] = x.detach().requires_grad_()
+            return self.leaves[layer]
+        self.leaves[layer] = torch.zeros_like(x, requires_grad=True)
+        return x + self.leaves[layer]
 
 
 def head_gradients(
-    model: Model, prompt: Prompt, toward: Sequence[int], against: Sequence[int] = ()
-) -> Float[np.ndarray, "layer head d_head"]:
-    """The gradient of logits of tokens in the last row, by each head's output "z" in that row.
+    model: Model, prompt: Prompt, loss: Callable[[Tensor], Tensor], *, direct: bool = False
+) -> Gradients:
+    """The derivative of a loss by the output of every head at every position.
 
     Example:
         >>> import interp
         >>> model = interp.open_model("backcopy-1l")
-        >>> found = head_gradients(model, Prompt.from_tokens(range(3, 12)), toward=[5])
-        >>> found.shape == (model.n_layers, model.n_heads, model.d_head)
-        True
+        >>> found = head_gradients(model, Prompt.from_tokens(range(3, 9)),
+        ...                        lambda logits: -logits.log_softmax(-1)[-1, 5])
+        >>> found.z.shape[:3], found.by_attention(0).shape
+        (torch.Size([1, 6, 1]), torch.Size([1, 6, 6]))
 
-    The quantity is the sum of the logits of `toward` minus that of `against`. In units of logits
-    per unit of "z"; times the change of a head's output it is the first-order effect of that change
-    on the direct path.
+    Args:
+        loss: takes the logits `[position, vocab]`, or, of a model without a vocabulary head, its
+            last hidden states `[position, d_model]`; returns one number.
+        direct: along the direct path only (residual stream, MLPs, norms), the outputs of all other
+            heads held where they are: to first order what path patching measures.
+
+    Weights are left as they are and get no gradients.
+
+    Raises:
+        SiteRefused: the model is opened in another lane than "hf".
+        NumericalError: the loss is NaN or infinite.
+
+    Source: the derivative by attention follows from z = A v; used by arXiv:1906.04341.
     """
-    engine: LaneHF = model._engine("hf")
-    held = _Leaves(prompt, model.shape)
-    session = attend.Session(
-        Pass(0, len(prompt)), [held], lambda *_: False, lambda *_: None, lambda *_: []
-    )
+    engine = model._engine("hf")
+    if model.lane != "hf":
+        raise SiteRefused(f"gradients need lane 'hf', not {model.lane!r}: use model.using('hf').")
+    edits, values = _Leaves(prompt, model, direct), {}
+
+    def keep(layer: int, name: str, value: Tensor) -> None:
+        values[layer] = value[0].detach().float().cpu()
+
+    running = attend.Session(
+        Pass(0, len(prompt)), [edits], lambda layer, name: name == "v", keep, lambda *_: [])
     ids = torch.tensor([prompt.ids], device=engine.device)
-    with (attend.implementation(engine.configs), attend.session(engine.attentions, session),
-          torch.enable_grad()):
-        out = engine._call(ids, engine._inputs([prompt]), {"use_cache": False, "logits_to_keep": 1})
-        row = out.logits[0, -1].float()
-        objective = row[list(toward)].sum() - row[list(against)].sum()
-        layers = sorted(held.leaves)
-        found = torch.autograd.grad(objective, [held.leaves[layer] for layer in layers],
-                                    allow_unused=True)
-    gradients = np.zeros((model.n_layers, model.n_heads, model.d_head), dtype=np.float32)
-    for layer, gradient in zip(layers, found):
-        if gradient is not None:
-            gradients[layer] = gradient[-1].float().cpu().numpy()
-    return gradients
+    with (_frozen(list(model.hf.parameters())), attend.implementation(engine.configs),
+          attend.session(engine.attentions, running), torch.enable_grad()):
+        out = engine._call(ids, engine._inputs([prompt]), {"use_cache": False})
+        states = getattr(out, "logits", None)
+        states = out.last_hidden_state if states is None else states
+        value = loss(states[0].float())
+        if not bool(torch.isfinite(value)):
+            raise NumericalError(
+                f"the loss on a prompt of {len(prompt)} tokens is {float(value.detach())}; there is "
+                "no gradient."
+            )
+        layers = sorted(edits.leaves)
+        leaves = [edits.leaves[layer] for layer in layers]
+        found = torch.autograd.grad(value, leaves, allow_unused=True)
+        # A head that the loss does not reach has the gradient zero.
+        found = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves)]
+    return Gradients(
+        float(value.detach()), torch.stack([g.float().cpu() for g in found]),
+        torch.stack([values[layer] for layer in layers]))
+
+
+@contextmanager
+def _frozen(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Weights that ask for no gradients, so that none are computed or kept."""
+    before = [p.requires_grad for p in parameters]
+    try:
+        for p in parameters:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p, old in zip(parameters, before):
+            p.requires_grad_(old)

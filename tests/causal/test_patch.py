@@ -14,7 +14,8 @@ from interp.causal.patch import (
     path_patching,
 )
 from interp.core import Prompt, PromptError, SiteRefused
-from interp.models import head_gradients, tl_patching
+from interp.models import tl_patching
+from interp.models.head_gradients import head_gradients
 from interp.models.model import Model
 
 COUNT, LENGTH = 4, 7
@@ -148,7 +149,7 @@ def test_pictures_are_patched_by_our_engine(model, tiny):
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma2", "gpt_oss"])
 def test_the_gradient_is_that_of_the_direct_path(model, pairs, architecture):
     one, clean = model(architecture), pairs[0][0]
-    found = head_gradients.head_gradients(one, clean, [11], [51])
+    found = head_gradients(one, clean, lambda x: x[-1, 11] - x[-1, 51], direct=True).z[:, -1].numpy()
     z = one.run(clean, read="z").reads["z"].values[0]
     step, direction = 0.02, np.random.default_rng(0).standard_normal(one.d_head).astype(np.float32)
     held = interp.patch("z", z, slice(0, LENGTH))

@@ -10,7 +10,7 @@ import transformers as t
 import interp
 from interp.core.errors import PromptError
 from interp.heads import no_op
-from interp.models.gradient import head_gradients
+from interp.models.head_gradients import head_gradients
 from interp.models.model import Model
 
 IDS = [1, 5, 9, 13, 22, 40, 7, 8, 61, 33]
