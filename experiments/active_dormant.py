@@ -324,7 +324,7 @@ def _components(
         return
     # The block is chosen on one half of the prompts and judged on the other.
     share, choose = share.isel(prompt=slice(1, None, 2)), share.isel(prompt=slice(0, None, 2))
-    mlp = int(choose.sel(component="MLP").mean("prompt").values.argmin())
+    mlp = int(choose.sel(component="MLP").mean("prompt").argmin("layer"))
     control = share.sel(component="attention").isel(layer=mlp)
     removed = share.sel(component="MLP").isel(layer=mlp)
     estimate = statistics.difference(removed.values, control.values)

@@ -193,7 +193,7 @@ def _share(model: Any, settings: Settings, out: Output) -> bool:
     # The layer is chosen on one half of the prompts and judged on the other.
     best = first.isel(prompt=slice(0, None, 2)).mean("prompt")
     layers = [int(x) for x in best.layer.values[best.values > 0.3]]
-    strongest = int(np.asarray(best).argmax())
+    strongest = int(np.nanargmax(best.values))
     if model.kind == "encoder" and model.n_layers > 5:
         middle = first.isel(layer=slice(1, 5)).mean("layer").values
         out.claim(Claim(
