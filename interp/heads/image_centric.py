@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from interp.causal.redistribute import Convention, Keys, key_mask
-from interp.core import Prompt, Result
+from interp.core import Head, HeadScores, Intervention, Prompt, Result, ablate
 from interp.core.errors import NumericalError, PromptError
 from interp.figures import heat
 from interp.models.model import Model
@@ -128,6 +128,7 @@ def measure(
     *,
     min_nonsink_share: SupportsFloat = 0.5,
     min_image_mass: SupportsFloat = 0.2,
+    chance: bool = True,
 ) -> Result:
     """Image mass and non-sink share of every head at every query after the image.
 
@@ -142,11 +143,15 @@ def measure(
     Args:
         prompts: each with a segment of kind "image" and text behind it.
         sinks: for every prompt its sink positions by layer (`visual.sinks_by_layer`).
+        chance: run once more with even attention, for `null` and `eligible`.
 
     Returns:
         `image_mass`, `nonsink_share` (NaN where nothing is on the image), `selected`, per query of
-        the whole prompt (NaN and False up to the end of the image); `rate` [layer, head]: share of
-        (prompt, query) in which the head is selected, a score for ranking heads.
+        the whole prompt (NaN and False up to the end of the image). [layer, head]: `rate`, the share
+        of (prompt, query) in which the head is selected, a score for ranking heads;
+        `standard_error` over prompts; `frequency`, the share of prompts with a selected query;
+        `null`, the rate of a head that attends evenly to all it sees; `eligible`, False where the
+        last query of some prompt sees nothing of the image (a short window).
 
     Streamed: no attention matrix is kept.
     """
@@ -164,24 +169,45 @@ def measure(
         content = [p for p in images[number] if p not in here]
         return SegmentMass({"image": images[number], "content": content})
 
-    run = model.run(prompts, stats=[PerLayer("segments", segments)], logits="none")
-    mass = run.stats["segments"]
-    later = np.zeros((len(prompts), mass.sizes["query"]), dtype=bool)
+    later = np.zeros((len(prompts), max(map(len, prompts))), dtype=bool)
     for row, places, prompt in zip(later, images, prompts):
         row[max(places) + 1 : len(prompt)] = True
     reads = xr.DataArray(later, dims=("prompt", "query"))
-    on_image = mass.sel(segment="image", drop=True).where(reads)
-    share = mass.sel(segment="content", drop=True).where(reads) / on_image.where(on_image > 0)
-    # As in `select`, a row with nothing on the image has a share of zero.
-    looked = share.fillna(0.0) >= float(min_nonsink_share)
-    selected = (on_image >= float(min_image_mass)) & looked & reads
-    data = xr.Dataset({"image_mass": on_image, "nonsink_share": share, "selected": selected})
-    chosen = selected.where(reads)
+
+    def look(write: Sequence[Intervention] = ()) -> xr.Dataset:
+        run = model.run(prompts, write=write, stats=[PerLayer("segments", segments)], logits="none")
+        mass = run.stats["segments"]
+        on_image = mass.sel(segment="image", drop=True).where(reads)
+        share = mass.sel(segment="content", drop=True).where(reads) / on_image.where(on_image > 0)
+        # As in `select`, a row with nothing on the image has a share of zero.
+        enough = share.fillna(0.0) >= float(min_nonsink_share)
+        selected = (on_image >= float(min_image_mass)) & enough & reads
+        return xr.Dataset({"image_mass": on_image, "nonsink_share": share, "selected": selected})
+
+    data = look()
+    chosen = data["selected"].where(reads)
     data["rate"] = chosen.mean(("prompt", "query"))
+    each = chosen.mean("query")
+    data["standard_error"] = each.std("prompt", ddof=1) / np.sqrt(len(prompts)) \
+        if len(prompts) > 1 else xr.full_like(data["rate"], np.nan)
+    data["frequency"] = data["selected"].any("query").mean("prompt")
+    if chance:
+        every = [Head(a, b) for a in range(model.n_layers) for b in range(model.n_heads)]
+        even = look([ablate(every, "uniform")])
+        data["null"] = even["selected"].where(reads).mean(("prompt", "query"))
+        last = xr.DataArray([len(prompt) - 1 for prompt in prompts], dims="prompt")
+        data["eligible"] = (even["image_mass"].isel(query=last) > 0).all("prompt")
     return Result(data, {
         **model.manifest(), "measure": "image_centric",
         "min_nonsink_share": float(min_nonsink_share), "min_image_mass": float(min_image_mass),
     })
+
+
+def scores_of(found: Result) -> HeadScores:
+    """The rates that `measure` found, for rankings, with what it knows beside them."""
+    order = {name: found[name].transpose("layer", "head").values
+             for name in ("rate", "frequency", "standard_error", "eligible") if name in found.data}
+    return HeadScores.of(order.pop("rate"), **order)
 
 
 def draw(found: Result, ax: Axes) -> Axes:

@@ -76,11 +76,11 @@ def test_a_head_is_found_only_where_its_attention_was_put(opened):
     for head, key in ((2, 5), (4, 4)):
         rows[head, 9:] = 0.0
         rows[head, 9:, key] = 1.0  # ... but one reads content, and one the visual sink
-    run, write = model.run, interp.patch("pattern.1", rows)
+    run, put = model.run, interp.patch("pattern.1", rows)
     sinks = [{1: [0, 4]}]
     planted = Model.__new__(Model)
     planted.__dict__.update(model.__dict__)
-    planted.run = lambda p, **more: run(p, write=write, **more)
+    planted.run = lambda p, write=(), **more: run(p, write=[put, *write], **more)
     found = image_centric.measure(planted, [prompt], sinks)
     chosen = found["selected"].isel(prompt=0, layer=1, query=slice(9, n)).values
     assert chosen[2].all() and not chosen[[0, 1, 3, 4, 5]].any()
@@ -97,6 +97,30 @@ def test_without_sinks_only_the_image_mass_decides(opened):
     looked = found["image_mass"] >= 0.2
     assert np.array_equal(found["selected"], looked)
     assert np.allclose(found["nonsink_share"].values[looked.values], 1.0, atol=1e-6)
+
+
+def test_chance_is_even_attention_and_short_windows_are_not_eligible(opened):
+    model, given = opened("llama"), prompts()
+    found = image_centric.measure(model, given, SINKS)
+    for layer in range(3):
+        flags = []
+        for prompt, sinks in zip(given, SINKS):
+            image = {p for s in prompt.of_kind("image") for p in s.positions}
+            content = image - set(sinks.get(layer, ()))
+            for query in range(max(image) + 1, len(prompt)):
+                mass, share = len(image) / (query + 1), len(content) / len(image)
+                flags.append(mass >= 0.2 and share >= 0.5)
+        assert np.allclose(found["null"].sel(layer=layer), np.mean(flags), atol=1e-6)
+    assert found["eligible"].all() and (found["frequency"] >= found["rate"]).all()
+    each = found["selected"].sum("query").values / np.array([5, 7, 5])[:, None, None]
+    assert np.allclose(found["standard_error"], each.std(0, ddof=1) / np.sqrt(3), atol=1e-6)
+    scores = image_centric.scores_of(found)
+    assert scores.top(1) == [interp.Head(*np.argwhere(
+        found["rate"].values == found["rate"].values.max())[0].tolist())]
+    # Every second layer of this Gemma sees only a few tokens back.
+    far = interp.Prompt.from_tokens(np.arange(3, 33), {"image": (1, 5)})
+    windowed = image_centric.measure(opened("gemma2"), [far], [{}])["eligible"].all("head").values
+    assert windowed.any() and not windowed.all()
 
 
 def test_a_prompt_without_a_picture_or_a_question_is_named(opened):
