@@ -8,22 +8,18 @@ Cause     the measure is an intervention; withdrawal of all image tokens gives t
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Optional, SupportsFloat, SupportsIndex
+from typing import Optional, SupportsFloat, SupportsIndex
 
 import numpy as np
-import torch
 import xarray as xr
 from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
-from torch import Tensor
 
-from interp.core import OutOfRange, Prompt, PromptError, Result, SegmentNotFound
+from interp.causal.removal import Removal, States, removable_tokens
+from interp.core import OutOfRange, Prompt, PromptError, Result
 from interp.core.prompt import Where
 from interp.figures.style import color, style
 from interp.models.model import Model
-
-Removal = str
-REMOVALS = ("drop_keep_ids", "drop_compact_ids", "replace_mean")
 
 
 def windows(prompt: Prompt, image: str = "image", size: SupportsIndex = 2) -> list[tuple[int, ...]]:
@@ -72,8 +68,9 @@ def information(
     image: Where = "image",
     groups: Optional[Sequence[Sequence[SupportsIndex]]] = None,
     layers: Optional[Iterable[SupportsIndex]] = None,
-    removal: Removal = "drop_keep_ids",
-    mean: Optional[Float[np.ndarray, "layer d_model"]] = None,
+    removal: str = "drop_keep_ids",
+    queries: Where = "all",
+    states: Optional[States] = None,
     batch_size: SupportsIndex = 64,
 ) -> Result:
     """Isolation information I_l(k) = p_l({k}) - p_l(nothing), for every layer and group.
@@ -91,9 +88,8 @@ def information(
         image: the removable positions.
         groups: sets of them that stay together, such as `windows(prompt)`; single ones for None.
         layers: blocks before which tokens are removed; all but the first for None.
-        removal: "drop_keep_ids" (the paper's measure: dropped, the others keep their position ids),
-            "drop_compact_ids" (renumbered without gaps: another intervention), "replace_mean" (they
-            stay, as `mean` [layer, d_model], what enters the block).
+        removal, queries, states: what removing means (`interp.causal.removal`); the paper measures
+            with "drop_keep_ids".
 
     Returns:
         [layer, group]: `information`, `alone` (the probability with that group only); [layer]:
@@ -108,7 +104,7 @@ def information(
 
     Source: arXiv:2512.07580, isolation measure; cost by causal prefix reuse and batching.
     """
-    places = _image(prompt, image)
+    places = removable_tokens(prompt, image)
     chosen = [(p,) for p in places] if groups is None else [
         tuple(sorted(int(p) for p in group)) for group in groups]
     outside = [p for group in chosen for p in group if p not in places]
@@ -118,12 +114,11 @@ def information(
             else "a group is empty: give every group at least one position."
         )
     wanted = _layers(layers, model.n_layers)
-    base = model.resumable(prompt)
+    remaining = Removal(model, prompt, image, removal, queries=queries, states=states)
     variants: list[tuple[int, ...]] = [(), *chosen]
-    remaining = _Remaining(model, base, len(prompt), places, removal, mean)
     alone = np.zeros((len(wanted), len(chosen)))
     none, kl = np.zeros(len(wanted)), np.zeros(len(wanted))
-    full = base.logits[-1].float().log_softmax(-1).cpu()
+    full = remaining.base.logits[-1].float().log_softmax(-1).cpu()
     for number, layer in enumerate(wanted):
         logits = remaining.logits(layer, variants, int(batch_size)).log_softmax(-1)
         p = logits[:, int(answer)].exp().double().numpy()
@@ -135,13 +130,12 @@ def information(
          "alone": (("layer", "group"), alone), "none": ("layer", none),
          "kl": ("layer", np.maximum(kl, 0.0)),
          "log_ratio": ("layer", np.log(np.maximum(none, 1e-30)) - float(full[int(answer)])),
-         "full": float(full[int(answer)].exp()), "prefills": base.spent / base.prefill + 1},
+         "full": float(full[int(answer)].exp()), "prefills": remaining.prefills},
         {"layer": wanted, "group": np.arange(len(chosen))},
     )
     return Result(data, {
-        **model.manifest(), "measure": "information", "removal": removal, "answer": int(answer),
+        **model.manifest(), "measure": "information", **remaining.manifest, "answer": int(answer),
         "groups": [list(group) for group in chosen], "prompts": [prompt.digest()],
-        "queries": "every position from the first image token on", "decode": "not measured",
         "naive_prefills": len(wanted) * len(variants),
     })
 
@@ -161,88 +155,22 @@ def leave_one_out(
     With redundant tokens it is near zero for all of them while `information` is not; the rank
     correlation of the two belongs beside either.
     """
-    places = _image(prompt, image)
+    places = removable_tokens(prompt, image)
     chosen = [(p,) for p in places] if groups is None else [
         tuple(sorted(int(p) for p in group)) for group in groups]
-    wanted, base = _layers(layers, model.n_layers), model.resumable(prompt)
-    remaining = _Remaining(model, base, len(prompt), places, "drop_keep_ids", None)
+    wanted = _layers(layers, model.n_layers)
+    remaining = Removal(model, prompt, image)
     kept = [tuple(p for p in places if p not in group) for group in chosen]
-    full = float(base.logits[-1].float().softmax(-1)[int(answer)])
+    full = float(remaining.base.logits[-1].float().softmax(-1)[int(answer)])
     lost = np.stack([
         full - remaining.logits(layer, kept, int(batch_size)).softmax(-1)[:, int(answer)]
         .double().numpy() for layer in wanted])
     data = xr.Dataset({"lost": (("layer", "group"), lost), "full": full,
-                       "prefills": base.spent / base.prefill + 1},
+                       "prefills": remaining.prefills},
                       {"layer": wanted, "group": np.arange(len(chosen))})
     return Result(data, {**model.manifest(), "measure": "leave_one_out", "answer": int(answer),
                          "groups": [list(group) for group in chosen],
-                         "removal": "drop_keep_ids", "prompts": [prompt.digest()]})
-
-
-class _Remaining:
-    """Runs of a prompt from a block on, with some of its image tokens left."""
-
-    def __init__(
-        self, model: Model, base: Any, length: int, places: tuple[int, ...], removal: str,
-        mean: Optional[np.ndarray],
-    ) -> None:
-        if removal not in REMOVALS:
-            raise PromptError(f"cannot remove by {removal!r}; choose one of: {', '.join(REMOVALS)}.")
-        if (removal == "replace_mean") != (mean is not None):
-            raise PromptError("removal 'replace_mean' needs mean=[layer, d_model], and only it does.")
-        if removal == "drop_compact_ids" and _several_axes(model):
-            raise PromptError(
-                f"{model.name} numbers positions along several axes, so they cannot be compacted; "
-                "use removal='drop_keep_ids'."
-            )
-        self.base, self.places, self.removal = base, places, removal
-        self.mean = None if mean is None else torch.as_tensor(mean)
-        self.first = min(places)
-        self.after = [p for p in range(self.first, length) if p not in set(places)]
-
-    def logits(
-        self, layer: int, variants: Sequence[tuple[int, ...]], batch_size: int
-    ) -> Float[Tensor, "variant vocab"]:
-        """The last row of every variant; variants of one size share a pass."""
-        found: list[Any] = [None] * len(variants)
-        sizes: dict[int, list[int]] = {}
-        for number, kept in enumerate(variants):
-            sizes.setdefault(0 if self.mean is not None else len(kept), []).append(number)
-        context = torch.arange(self.first)
-        for numbers in sizes.values():
-            for start in range(0, len(numbers), batch_size):
-                part = numbers[start : start + batch_size]
-                rows, hidden = self._rows(layer, [variants[i] for i in part])
-                compact = self.first + torch.arange(rows.shape[1]).expand(rows.shape)
-                out = self.base.replay(
-                    layer, rows, context=context, hidden=hidden,
-                    positions=compact if self.removal == "drop_compact_ids" else None)
-                for i, row in zip(part, out.float().cpu()):
-                    found[i] = row
-        return torch.stack(found)
-
-    def _rows(
-        self, layer: int, variants: Sequence[tuple[int, ...]]
-    ) -> tuple[Tensor, Optional[Tensor]]:
-        if self.mean is None:
-            return torch.tensor([sorted((*kept, *self.after)) for kept in variants]), None
-        rows = torch.tensor(sorted((*self.places, *self.after))).expand(len(variants), -1)
-        hidden = self.base.hidden[layer][rows].clone()
-        for number, kept in enumerate(variants):
-            gone = torch.isin(rows[number], torch.tensor([p for p in self.places if p not in kept]))
-            hidden[number, gone] = self.mean[layer].to(hidden)
-        return rows, hidden
-
-
-def mean_state(
-    model: Model, prompts: Sequence[Prompt], image: Where = "image"
-) -> Float[np.ndarray, "layer d_model"]:
-    """The mean state of image tokens entering every block, over prompts: for "replace_mean"."""
-    states = []
-    for prompt in prompts:
-        resid = model.run(prompt, read="resid_pre", logits="none").reads["resid_pre"].values[0]
-        states.append(resid[:, list(_image(prompt, image))].mean(1))
-    return np.mean(states, axis=0)
+                         **remaining.manifest, "prompts": [prompt.digest()]})
 
 
 def horizon(
@@ -314,25 +242,9 @@ def draw(found: Result, ax: Axes) -> Axes:
     return ax
 
 
-def _image(prompt: Prompt, image: Where) -> tuple[int, ...]:
-    try:
-        return prompt.positions(image)
-    except SegmentNotFound as error:
-        raise SegmentNotFound(
-            f"{error} Make the prompt with model.prompt(..., images=[...]), or name the removable "
-            "tokens with image=."
-        ) from None
-
-
 def _layers(layers: Optional[Iterable[SupportsIndex]], n_layers: int) -> list[int]:
     wanted = list(range(1, n_layers)) if layers is None else sorted(int(x) for x in layers)
     for layer in wanted:
         if not 0 <= layer < n_layers:
             raise OutOfRange(f"layer {layer} does not exist: there are 0 to {n_layers - 1}.")
     return wanted
-
-
-def _several_axes(model: Model) -> bool:
-    text = model.config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    return isinstance(rope, dict) and "mrope_section" in rope

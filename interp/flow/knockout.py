@@ -130,7 +130,7 @@ def _cut(
     span: range, renormalize: bool,
 ) -> torch.Tensor:
     """The last row with the edges of one window cut, for every set of keys."""
-    first = min(queries)
+    first = resumable.earliest(min(queries))
     rows = torch.arange(first, length).expand(len(places), -1)
     from_, cut = torch.zeros(length, dtype=torch.bool), torch.zeros(
         (len(places), 1, length - first, length), dtype=torch.bool)

@@ -29,6 +29,9 @@ from interp.models.sites import Block, first_tensor, hidden_input
 Blocked = Callable[[int], Optional[Bool[Tensor, "batch #head query key"]]]
 """Layer -> edges to cut, True where cut; None where none are."""
 
+Watch = Callable[[int, Float[Tensor, "batch head query key"]], None]
+"""Called with a layer and the weights of its attention."""
+
 AXES = {"position_embeddings": -2, "position_ids": -1, "cache_position": -1}
 """The axis of positions in what blocks are given, where it is known."""
 
@@ -122,6 +125,23 @@ class Resumable:
             self._dense[key] = mask(0, every, every)[0]
         return self._dense[key]
 
+    def earliest(self, first: int) -> int:
+        """The first position that a change at `first` or later can reach.
+
+        It is `first` itself where no position sees later ones; with pictures whose tokens see each
+        other in both directions, it is the beginning of the picture.
+        """
+        if not 0 <= first < self.length:
+            raise OutOfRange(f"positions run from 0 to {self.length - 1} in this prompt.")
+        while True:
+            reached = first
+            for layer in range(self.n_layers):
+                seeing = self.visible(layer)[:first, first:].any(1).nonzero()
+                reached = min(reached, int(seeing[0])) if len(seeing) else reached
+            if reached == first:
+                return first
+            first = reached
+
     # -- again, from the middle --------------------------------------------------------------------
 
     def replay(
@@ -135,7 +155,9 @@ class Resumable:
         zeroed: Optional[Blocked] = None,
         positions: Optional[Int[Tensor, "batch row"]] = None,
         logits: str = "last",
-    ) -> Float[Tensor, "batch vocab"] | Float[Tensor, "batch row vocab"]:
+        until: Optional[int] = None,
+        watch: Optional[Watch] = None,
+    ) -> Tensor:
         """Run `rows` again from block `layer` on; give the logits of the last of them.
 
         Args:
@@ -150,12 +172,25 @@ class Resumable:
                 the row is not renormalized.
             positions: position ids to take instead of each row's own (compacted ones, say).
             logits: "last" row or "all" rows.
+            until: stop before this block and give what enters it, `[batch, row, d_model]`, to go on
+                from there with `hidden`.
+            watch: called with a block's number and its attention weights `[batch, head, row, key]`
+                (keys as in `blocked`).
+
+        Returns:
+            `[batch, vocab]`, with all rows `[batch, row, vocab]`.
 
         Raises:
             OutOfRange: a layer or position that does not exist, or a row left without any key.
         """
         if not 0 <= layer < self.n_layers:
             raise OutOfRange(f"layer {layer} does not exist: there are 0 to {self.n_layers - 1}.")
+        stop = self.n_layers if until is None else int(until)
+        if not layer <= stop <= self.n_layers:
+            raise OutOfRange(
+                f"cannot stop before block {stop} after starting at block {layer}: the end is one of "
+                f"{layer} to {self.n_layers}."
+            )
         rows = rows.to(self.lane.device)
         context = rows.new_zeros(0) if context is None else context.to(rows)
         for some in (rows, context):
@@ -163,16 +198,18 @@ class Resumable:
                 raise OutOfRange(f"positions run from 0 to {self.length - 1} in this prompt.")
         x = self.hidden[layer][rows] if hidden is None else hidden.to(self.hidden[layer])
         of = rows if positions is None else positions.to(rows)
-        running = _Replaying(self, rows, context, blocked, zeroed)
+        running = _Replaying(self, rows, context, blocked, zeroed, watch)
         with ExitStack() as stack, torch.no_grad():
             stack.enter_context(attend.implementation(self.lane.configs))
             stack.enter_context(attend.session(self.lane.attentions, running))
             stack.enter_context(no_earlier_picture(self.hf))
-            for number in range(layer, self.n_layers):
+            for number in range(layer, stop):
                 args, kwargs = self._given[number]
                 args, kwargs = _gather(args, kwargs, x, of, self.length)
                 x = first_tensor(self.blocks[number].module(*args, **kwargs)).reshape(x.shape)
-            self.spent += rows.numel() * (self.n_layers - layer)
+            self.spent += rows.numel() * (stop - layer)
+            if until is not None:
+                return x
             found = self._tail(x if logits == "all" else x[:, -1:])
         return found if logits == "all" else found[:, -1]
 
@@ -203,10 +240,10 @@ class _Replaying:
 
     def __init__(
         self, base: Resumable, rows: Tensor, context: Tensor, blocked: Optional[Blocked],
-        zeroed: Optional[Blocked],
+        zeroed: Optional[Blocked], watch: Optional[Watch],
     ) -> None:
         self.base, self.rows, self.context = base, rows, context
-        self.blocked, self.zeroed = blocked, zeroed
+        self.blocked, self.zeroed, self.watch = blocked, zeroed, watch
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, given: dict[str, Any]
@@ -228,7 +265,8 @@ class _Replaying:
             k, v = torch.cat([lent[0], k], 2), torch.cat([lent[1], v], 2)
         group = q.shape[1] // k.shape[1]
         gone = None if self.zeroed is None else self.zeroed(layer)
-        if gone is None and given["softcap"] is None and given["sinks"] is None:
+        plain = given["softcap"] is None and given["sinks"] is None
+        if gone is None and self.watch is None and plain:
             made = nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=seen, scale=given["scaling"], enable_gqa=group > 1)
             return made.transpose(1, 2).contiguous()
@@ -243,6 +281,8 @@ class _Replaying:
         p = scores.softmax(-1)[..., : k.shape[2]]
         if gone is not None:
             p = p.masked_fill(gone.to(p.device), 0.0)
+        if self.watch is not None:
+            self.watch(layer, p)
         return (p.to(v.dtype) @ v).transpose(1, 2).contiguous()
 
 

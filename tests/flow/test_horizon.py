@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import interp
+from interp.causal import removal
 from interp.core import OutOfRange, Prompt, PromptError, Segment, SegmentNotFound
 from interp.flow import horizon
 from interp.models.model import Model
@@ -90,9 +91,9 @@ def test_removals_differ_and_do_what_they_say(opened):
     assert float(at_zero["none"][0]) == pytest.approx(float(expected), abs=1e-6)
     # Replaced by their own mean where all tokens are equal, nothing changes.
     same = Prompt.from_tokens([5] * N, {"image": (3, 9)})
-    mean = horizon.mean_state(model, [same])
+    mean = removal.mean_states(model, [same])
     assert mean.shape == (model.n_layers, model.d_model)
-    still = horizon.information(model, same, 7, removal="replace_mean", mean=mean, layers=[1])
+    still = horizon.information(model, same, 7, removal="replace_mean", states=mean, layers=[1])
     assert float(still["none"][0]) == pytest.approx(float(still["full"]), abs=1e-5)
 
 
@@ -135,9 +136,9 @@ def test_bad_input_is_one_sentence(opened):
         horizon.information(model, given, 7, groups=[[3, 12]])
     with pytest.raises(OutOfRange, match="layer 3 does not exist"):
         horizon.information(model, given, 7, layers=[3])
-    with pytest.raises(PromptError, match="drop_keep_ids, drop_compact_ids, replace_mean"):
+    with pytest.raises(PromptError, match="drop_keep_ids, drop_compact_ids, mask_keys"):
         horizon.information(model, given, 7, removal="mask")
-    with pytest.raises(PromptError, match="needs mean="):
+    with pytest.raises(PromptError, match="needs states="):
         horizon.information(model, given, 7, removal="replace_mean")
     with pytest.raises(PromptError, match="several axes"):
         horizon.information(opened("qwen2_5_vl"), given, 7, removal="drop_compact_ids")
