@@ -135,7 +135,10 @@ class EditSite(Intervention):
     """Change an activation at chosen positions; made by `patch` and `edit`.
 
     `how`: "replace" by `value`; "add" `value`; "multiply" by `value`; "norm" rescales every chosen
-    vector to the norm `value`; "project_out" removes the directions in the rows of `value`.
+    vector to the norm `value`; "project_out" removes the directions in the rows of `value`; "steer"
+    turns a vector towards `value`, keeping its norm, the more the more it points away from it
+    (arXiv:2502.03628; the norm of `value` is the strength); "amplify" (logits only) adds `value`
+    times a logit's own size (arXiv:2501.12206).
     `dims` limits "replace", "add" and "multiply" to coordinates of the last axis.
     """
 
@@ -187,7 +190,7 @@ class Each:
     writes: tuple[tuple[Intervention, ...], ...]
 
 
-HOW = ("replace", "add", "multiply", "norm", "project_out")
+HOW = ("replace", "add", "multiply", "norm", "project_out", "steer", "amplify")
 ABLATIONS = ("zero", "mean", "uniform", "resample")
 
 
@@ -296,7 +299,8 @@ def edit(
     dims: Optional[Iterable[int]] = None,
     phase: Phase = "all",
 ) -> EditSite:
-    """Change an activation: replace, add, multiply, rescale to a norm, or project directions out.
+    """Change an activation: replace, add, multiply, rescale to a norm, project directions out, or
+    steer; see `EditSite`.
 
     `value` broadcasts against the chosen activation, `[position, d_model]` for residual sites and
     `[position, head, d_head]` for q, k, v and z; with several layers a leading layer axis is

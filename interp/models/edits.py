@@ -185,7 +185,10 @@ class Edits:
         per_layer = value.ndim == base + 1
         last = {"q": self.shape.d_head, "k": self.shape.d_head, "v": self.shape.d_head,
                 "z": self.shape.d_head}.get(name, self.shape.d_model)
-        if name not in PAIRS and one.how in ("replace", "add", "project_out") and value.ndim:
+        if one.how == "amplify" and name != "scores":
+            raise SiteRefused(f"'amplify' changes attention logits ('scores'), not {one.site}.")
+        directed = one.how in ("replace", "add", "project_out", "steer")
+        if name not in PAIRS and directed and value.ndim:
             width = len(one.dims) if one.dims is not None else last
             if value.shape[-1] not in (1, width):
                 raise ValueError(
@@ -290,6 +293,8 @@ class Edits:
         elif one.how == "norm":
             norm = part.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
             part = (part.float() / norm * value.float().reshape(-1, 1)).to(x.dtype)
+        elif one.how == "steer":
+            part = steered(part.float(), value.float()).to(x.dtype)
         else:
             basis, _ = torch.linalg.qr(value.float().reshape(-1, value.shape[-1]).T)
             part = (part.float() - part.float() @ basis @ basis.T).to(x.dtype)
@@ -345,6 +350,9 @@ class Edits:
                 moved = p.movedim(1, 0)[rows]
                 new = _pair_value(one, value.to(p), queries, keys, rows, change)
                 made = {"replace": new, "add": moved + new, "multiply": moved * new}.get(one.how)
+                if one.how == "amplify":
+                    # What is hidden stays hidden: minus infinity has no size to add.
+                    made = moved + new * moved.abs().where(moved.isfinite(), 0.0)
                 if made is None:
                     raise SiteRefused(f"{one.how!r} has no meaning for site {one.site}.")
                 p = p.clone()
@@ -384,6 +392,23 @@ class Edits:
             isinstance(e[0], EditSite) and e[0].site.name == "scores"
             for e in self._pattern.get(layer, ())
         )
+
+
+def steered(
+    x: Float[Tensor, "*rest d_model"], toward: Float[Tensor, "*some d_model"]
+) -> Float[Tensor, "*rest d_model"]:
+    """Vectors turned towards a direction, at their own norm; doubly so where they point away.
+
+    Example:
+        >>> steered(torch.tensor([[3.0, 0.0], [0.0, -2.0]]), torch.tensor([0.0, 1.0]))[0]
+        tensor([2.1213, 2.1213])
+
+    Source: arXiv:2502.03628, released code.
+    """
+    size = x.norm(dim=-1, keepdim=True)
+    away = torch.cosine_similarity(x, -toward, dim=-1, eps=1e-12).clamp_min(0)[..., None]
+    moved = x / size.clamp_min(1e-12) + (1 + away) * toward
+    return size * moved / moved.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def _key_positions(x: Tensor, now: Pass) -> Int[Tensor, "position"]:

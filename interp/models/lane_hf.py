@@ -220,7 +220,7 @@ class LaneHF:
     def _forward(
         self, ids: Tensor, inputs: dict, now: Pass, edits: Sequence[Edits], reads: Reads,
         reducers: Callable, residual_reducers: Callable, numbers: Sequence[int], cache: Any,
-        use_cache: bool, logits: str,
+        use_cache: bool, logits: str, gradients: bool = False,
     ) -> Any:
         # One attention call serves one row of the batch at a time, in order.
         turn: dict[tuple[int, str], int] = {}
@@ -241,7 +241,7 @@ class LaneHF:
         with ExitStack() as stack:
             stack.enter_context(attend.session(self.attentions, running))
             stack.enter_context(self._hooks(now, edits, reads, residual_reducers, numbers))
-            with torch.no_grad():
+            with torch.set_grad_enabled(gradients):
                 return self._call(ids, inputs, more)
 
     def _call(self, ids: Tensor, inputs: dict, more: dict) -> Any:

@@ -377,6 +377,33 @@ class Model:
             raise ModelRefused(f"{self.name} is an encoder: it has no last row to resume towards.")
         return Resumable(self.hf, self._engine("hf"), given, self._tolerance())
 
+    def stepping(
+        self,
+        prompts: Prompts,
+        write: Union[Intervention, Sequence[Intervention], Each] = (),
+        *,
+        read: Union[str, Sequence[str]] = (),
+        gradients: Sequence[int] = (),
+        batch_size: int = 64,
+    ) -> Any:
+        """Prompts to be continued by tokens that are chosen outside, side by side.
+
+        Example:
+            >>> import interp
+            >>> model = interp.open_model("backcopy-1l")
+            >>> prompt = interp.Prompt.from_tokens(range(3, 12))
+            >>> steps = model.stepping([prompt, prompt], write=interp.each([[], interp.ablate("L0H0")]))
+            >>> steps.feed(steps.logits[0].argmax().repeat(2)).shape[0]
+            2
+
+        `write` acts in the prompts and in every later step, as in `run`; `read` names sites of
+        single layers ("resid_post.3"), or all layers, for `Stepping.read`; `gradients` names
+        layers for `Stepping.gradient_by_attention`. See `interp.models.stepping`.
+        """
+        from interp.models.stepping import start
+
+        return start(self, prompts, write, read, gradients, batch_size)
+
     @property
     def end_tokens(self) -> frozenset[int]:
         """The tokens that end a text, from the generation settings, the config or the tokenizer."""
