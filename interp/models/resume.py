@@ -20,8 +20,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from interp.core.errors import ModelRefused, OutOfRange
+from interp.core.errors import ModelRefused, OutOfRange, SiteRefused
 from interp.core.prompt import Prompt
+from interp.core.site import RESIDUAL
 from interp.models import attention as attend
 from interp.models.lane_hf import no_earlier_picture
 from interp.models.sites import Block, first_tensor, hidden_input
@@ -157,6 +158,7 @@ class Resumable:
         logits: str = "last",
         until: Optional[int] = None,
         watch: Optional[Watch] = None,
+        into: Optional[dict[str, list[Tensor]]] = None,
     ) -> Tensor:
         """Run `rows` again from block `layer` on; give the logits of the last of them.
 
@@ -176,12 +178,16 @@ class Resumable:
                 from there with `hidden`.
             watch: called with a block's number and its attention weights `[batch, head, row, key]`
                 (keys as in `blocked`).
+            into: site -> a list, to which every executed block appends what these rows have there:
+                residual sites `[batch, row, d_model]`, "k" and "v" `[batch, row, kv_head, d_head]`,
+                "z" `[batch, row, head, d_head]`.
 
         Returns:
             `[batch, vocab]`, with all rows `[batch, row, vocab]`.
 
         Raises:
             OutOfRange: a layer or position that does not exist, or a row left without any key.
+            SiteRefused: a site of `into` that this architecture does not have.
         """
         if not 0 <= layer < self.n_layers:
             raise OutOfRange(f"layer {layer} does not exist: there are 0 to {self.n_layers - 1}.")
@@ -198,15 +204,16 @@ class Resumable:
                 raise OutOfRange(f"positions run from 0 to {self.length - 1} in this prompt.")
         x = self.hidden[layer][rows] if hidden is None else hidden.to(self.hidden[layer])
         of = rows if positions is None else positions.to(rows)
-        running = _Replaying(self, rows, context, blocked, zeroed, watch)
+        running = _Replaying(self, rows, context, blocked, zeroed, watch, into or {})
         with ExitStack() as stack, torch.no_grad():
             stack.enter_context(attend.implementation(self.lane.configs))
             stack.enter_context(attend.session(self.lane.attentions, running))
             stack.enter_context(no_earlier_picture(self.hf))
-            for number in range(layer, stop):
-                args, kwargs = self._given[number]
-                args, kwargs = _gather(args, kwargs, x, of, self.length)
-                x = first_tensor(self.blocks[number].module(*args, **kwargs)).reshape(x.shape)
+            with _reading(self.lane, range(layer, stop), x.shape, into or {}):
+                for number in range(layer, stop):
+                    args, kwargs = self._given[number]
+                    args, kwargs = _gather(args, kwargs, x, of, self.length)
+                    x = first_tensor(self.blocks[number].module(*args, **kwargs)).reshape(x.shape)
             self.spent += rows.numel() * (stop - layer)
             if until is not None:
                 return x
@@ -240,14 +247,25 @@ class _Replaying:
 
     def __init__(
         self, base: Resumable, rows: Tensor, context: Tensor, blocked: Optional[Blocked],
-        zeroed: Optional[Blocked], watch: Optional[Watch],
+        zeroed: Optional[Blocked], watch: Optional[Watch], into: dict[str, list[Tensor]],
     ) -> None:
         self.base, self.rows, self.context = base, rows, context
-        self.blocked, self.zeroed, self.watch = blocked, zeroed, watch
+        self.blocked, self.zeroed, self.watch, self.into = blocked, zeroed, watch, into
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, given: dict[str, Any]
     ) -> Tensor:
+        for name, x in (("k", k), ("v", v)):
+            self._keep(name, x.transpose(1, 2))
+        z = self._attend(layer, q, k, v, given)
+        self._keep("z", z)
+        return z
+
+    def _keep(self, name: str, x: Tensor) -> None:
+        if name in self.into:
+            self.into[name].append(x.detach())
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any]) -> Tensor:
         base, rows, batch = self.base, self.rows, len(self.rows)
         where = torch.cat([self.context.expand(batch, -1), rows], 1)
         seen = base.visible(layer)[rows[:, :, None], where[:, None, :]][:, None]
@@ -284,6 +302,39 @@ class _Replaying:
         if self.watch is not None:
             self.watch(layer, p)
         return (p.to(v.dtype) @ v).transpose(1, 2).contiguous()
+
+
+@contextmanager
+def _reading(
+    lane: Any, layers: range, shape: torch.Size, into: dict[str, list[Tensor]]
+) -> Iterator[None]:
+    """Append what passes the residual sites of these blocks."""
+    handles: list[Any] = []
+
+    def keep(name: str, x: Any) -> None:
+        into[name].append(x.detach().reshape(*shape[:2], -1))
+
+    try:
+        for name in into.keys() - {"k", "v", "z"}:
+            for block in lane.blocks[layers.start : layers.stop]:
+                port = None if name == "embed" or name not in RESIDUAL else block.port(name)
+                if port is None:
+                    raise SiteRefused(
+                        f"cannot read {name!r} in layer {block.index} while resuming: "
+                        f"{lane.unavailable(name) if name in RESIDUAL else 'no such site'}."
+                    )
+                module, side = port
+                if side == "output":
+                    handles.append(module.register_forward_hook(
+                        lambda m, args, out, name=name: keep(name, first_tensor(out))))
+                else:
+                    handles.append(module.register_forward_pre_hook(
+                        lambda m, args, kwargs, name=name: keep(name, hidden_input(args, kwargs)),
+                        with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _gather(

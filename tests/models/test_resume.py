@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import interp
-from interp.core.errors import ModelRefused, OutOfRange
+from interp.core.errors import ModelRefused, OutOfRange, SiteRefused
 from interp.models.model import Model
 
 DECODERS = ("gpt2", "llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt_oss", "gpt_neox", "opt",
@@ -127,6 +127,25 @@ def test_a_picture_s_prompt_can_be_resumed(tiny):
     assert torch.allclose(found[0], model.run(prompt, write=cut).logits[0][-1], atol=5e-5)
 
 
+@pytest.mark.parametrize("architecture", DECODERS)
+def test_what_resumed_rows_have_at_a_site_is_what_a_whole_pass_reads(opened, architecture):
+    """Of every block that is executed, also with edges cut, and once each."""
+    model, prompt, base = opened(architecture)
+    sites = ["attn_out", "mlp_out", "resid_post", "k", "v", "z"]
+    cut = torch.zeros(1, 1, 2, N, dtype=torch.bool)
+    cut[..., [2, 5]] = True
+    rows, into = torch.tensor([[LAST - 1, LAST]]), {site: [] for site in sites}
+    base.replay(1, rows, context=torch.arange(LAST - 1), into=into,
+                blocked=lambda layer: cut if layer == 1 else None)
+    write = interp.block([LAST - 1, LAST], [2, 5], layers=[1])
+    whole = model.run(prompt, read=sites, write=write).reads
+    for site in sites:
+        assert len(into[site]) == model.n_layers - 1
+        for layer, found in zip((1, 2), into[site]):
+            expected = whole[site].values[0, layer, -2:]
+            assert np.allclose(found[0].float(), expected, atol=3e-5), (site, layer)
+
+
 def test_the_model_is_as_it_was_also_after_an_error(opened):
     model, prompt, base = opened("qwen3")
     before = model.run(prompt).logits[0]
@@ -137,6 +156,9 @@ def test_the_model_is_as_it_was_also_after_an_error(opened):
     everything = torch.ones(1, 1, 1, N, dtype=torch.bool)
     with pytest.raises(OutOfRange, match="without any key to attend to in layer 1"):
         base.replay(1, torch.tensor([[LAST]]), context=torch.arange(LAST), blocked=lambda _: everything)
+    with pytest.raises(SiteRefused, match="cannot read 'spine' in layer 1"):
+        base.replay(1, every(), into={"mlp_out": [], "spine": []})
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
     assert torch.equal(model.run(prompt).logits[0], before)
     assert not any("forward" in vars(m) for m in model.hf.modules())
 
