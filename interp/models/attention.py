@@ -42,7 +42,7 @@ class LazyMask:
 
     def __init__(
         self,
-        rule: Callable[..., Any],
+        rule: Optional[Callable[..., Any]],
         q_length: int,
         kv_length: int,
         q_offset: int,
@@ -124,7 +124,7 @@ class _TensorMask(LazyMask):
     """A dense mask that a model made itself, boolean or additive."""
 
     def __init__(self, dense: Tensor, start: int) -> None:
-        super().__init__(None, dense.shape[-2], dense.shape[-1], start, 0, None, False, None)  # type: ignore[arg-type]
+        super().__init__(None, dense.shape[-2], dense.shape[-1], start, 0, None, False, None)
         self.dense = dense if dense.dtype == torch.bool else dense >= 0
         if dense.dtype != torch.bool and bool(((dense < 0) & (dense > -1e4)).any()):
             raise SiteRefused(
@@ -175,7 +175,7 @@ def _attend(
     if attention_mask is None:
         plain = "causal" if getattr(module, "is_causal", True) and query.shape[2] > 1 else "full"
         plain = "full" if kwargs.get("is_causal") is False else plain
-        attention_mask = LazyMask(None, query.shape[2], key.shape[2], start, 0, None, False, plain)  # type: ignore[arg-type]
+        attention_mask = LazyMask(None, query.shape[2], key.shape[2], start, 0, None, False, plain)
     elif isinstance(attention_mask, Tensor):
         attention_mask = _TensorMask(attention_mask, start)
     given = dict(scaling=scaling, softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
