@@ -77,7 +77,7 @@ class Removal:
             )
         self.how, self.length, self.states = how, len(prompt), None
         if states is not None:
-            self.states = _fitting(how, states, model, len(prompt))
+            self.states = _fitting(how, states, model, len(prompt), self.places)
         asking = torch.zeros(len(prompt), dtype=torch.bool)
         asking[list(prompt.positions(queries))] = True
         self.queries, self.queries_name = asking, str(queries)
@@ -203,12 +203,21 @@ def several_position_axes(model: Model) -> bool:
     return isinstance(rope, dict) and "mrope_section" in rope
 
 
-def _fitting(how: str, states: States, model: Model, length: int) -> Tensor:
+def _fitting(
+    how: str, states: States, model: Model, length: int, places: tuple[int, ...]
+) -> Tensor:
     values = torch.as_tensor(np.asarray(states))
     expected = (model.n_layers, model.d_model) if how == "replace_mean" else (
         model.n_layers, length, model.d_model)
     if tuple(values.shape) != expected:
         raise PromptError(
             f"removal {how!r} needs states of shape {expected}, not {tuple(values.shape)}."
+        )
+    rows = values[:, None] if how == "replace_mean" else values[:, list(places)]
+    unknown = (~torch.isfinite(rows)).any(2).any(0).nonzero()
+    if len(unknown):
+        where = "" if how == "replace_mean" else f" for position {places[int(unknown[0])]}"
+        raise PromptError(
+            f"there is no state{where} to replace it by (not a number); give a larger pool."
         )
     return values
