@@ -23,7 +23,7 @@ from interp.causal.sweep import evaluate
 from interp.core import OutOfRange, Prompt, PromptError, Result, Segment, each, patch
 from interp.core.prompt import Where
 from interp.figures.style import color, style
-from interp.models.input_gradients import input_gradient
+from interp.models.embedding_gradients import embedding_gradient
 from interp.models.model import Model
 
 Substitution = str
@@ -162,7 +162,7 @@ def integrated_gradients(
     for some in at.split(int(batch_size)):
         inputs = states.repeat(len(some), 1, 1)
         inputs[:, places] = start + some[:, None, None] * change
-        _, gradient = input_gradient(
+        _, gradient = embedding_gradient(
             model, prompt, lambda logits: logits[-1, int(target)], inputs)
         total += gradient[:, places].sum(0)
     return total / steps * change

@@ -7,7 +7,7 @@ import torch
 import interp
 from interp.core import OutOfRange, Prompt, PromptError, Segment
 from interp.flow import object_ablation
-from interp.models.input_gradients import input_gradient
+from interp.models.embedding_gradients import embedding_gradient
 from interp.models.model import Model
 
 # -- sets ----------------------------------------------------------------------------------------
@@ -116,13 +116,13 @@ def test_the_gradient_is_that_of_finite_differences(tiny, architecture):
         return logits[-1, 5]
 
     both = torch.stack([states, 0.5 * states])
-    value, gradient = input_gradient(model, prompt, loss, both)
+    value, gradient = embedding_gradient(model, prompt, loss, both)
     whole = float(model.run(prompt).logits[0][-1, 5])
     assert float(value[0]) == pytest.approx(whole, abs=1e-4)
     for number, seed in ((0, 0), (1, 1)):
         step = torch.randn(states.shape, generator=torch.Generator().manual_seed(seed))
         step *= 1e-3 * states.norm() / step.norm()
-        up, down = (input_gradient(model, prompt, loss, (both[number] + sign * step)[None])[0][0]
+        up, down = (embedding_gradient(model, prompt, loss, (both[number] + sign * step)[None])[0][0]
                     for sign in (1, -1))
         assert float((gradient[number] * step).sum()) == pytest.approx(
             float(up - down) / 2, rel=2e-2, abs=1e-5)
