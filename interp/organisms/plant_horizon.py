@@ -319,22 +319,29 @@ class HorizonCase:
     prompt: Prompt
 
 
-def horizon_family(rng: np.random.Generator, n: SupportsIndex = 50) -> Iterator[HorizonCase]:
+def horizon_family(
+    rng: np.random.Generator, n: SupportsIndex = 50, per_shape: SupportsIndex = 10
+) -> Iterator[HorizonCase]:
     """Yield models that differ in depth, width, grouping of heads, picture, seed and planted block.
 
     Example:
         >>> case = next(horizon_family(np.random.default_rng(0)))
         >>> 1 <= case.planted.layer < len(parts(case.planted.model))
         True
+
+    So many models in a row are of one shape: their weights, texts, pictures and blocks differ.
     """
-    for _ in range(int(n)):
-        n_layers = int(rng.integers(3, 8))
-        heads = int(rng.choice((2, 4, 6)))
-        model = tiny_llava(
-            rng, n_layers=n_layers, heads=heads, d_head=int(rng.choice((6, 8, 12))),
-            kv_heads=int(rng.choice([k for k in (1, 2, heads) if heads % k == 0])),
-            side=int(rng.integers(2, 5)), bias=bool(rng.integers(2)),
-        )  # fmt: skip
+    shape: dict[str, Any] = {}
+    for number in range(int(n)):
+        if number % int(per_shape) == 0:
+            heads = int(rng.choice((2, 4, 6)))
+            shape = {
+                "n_layers": int(rng.integers(4, 8)), "heads": heads,
+                "kv_heads": int(rng.choice([k for k in (1, 2, heads) if heads % k == 0])),
+                "d_head": int(rng.choice((6, 8, 12))), "side": int(rng.integers(2, 5)),
+                "bias": bool(rng.integers(2)),
+            }  # fmt: skip
+        model = tiny_llava(rng, **shape)
         prompt = picture_prompt(model, rng, int(rng.integers(1, 4)), int(rng.integers(3, 8)))
-        planted = image_horizon(model, int(rng.integers(1, n_layers)), as_inputs(prompt))
-        yield HorizonCase(planted, prompt)
+        layer = int(rng.integers(1, shape["n_layers"]))
+        yield HorizonCase(image_horizon(model, layer, as_inputs(prompt)), prompt)
