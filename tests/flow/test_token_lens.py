@@ -15,7 +15,6 @@ from interp.models.early_decoding import EarlyDecoder, freeze
 from interp.models.model import Model
 
 DECODERS = ("gpt2", "llama", "qwen3", "gemma2", "gpt_oss", "gpt_neox", "opt", "qwen2_5_vl")
-            "llava", "qwen2_5_vl")
 N = 11
 SPANS = {"early": [1, 2, 3], "late": [6, 8], "last": "last"}
 TARGETS = {"a": 5, "b": 17, "c": 60, "d": 88}
