@@ -32,10 +32,10 @@ report: $(STAMP)  ## one HTML page from the figures that are there
 	$(BIN)/python -m experiments report --out $(OUT)
 
 test: $(STAMP)  ## the whole test suite
-	$(BIN)/python -m pytest -n auto --dist loadfile --jaxtyping-packages=interp,experiments,beartype.beartype
+	$(BIN)/python -m pytest -n auto --dist loadfile --jaxtyping-packages=interp,probes,experiments,beartype.beartype
 
 quick: $(STAMP)  ## the tests that take seconds
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow' --jaxtyping-packages=interp,experiments,beartype.beartype
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow' --jaxtyping-packages=interp,probes,experiments,beartype.beartype
 
 check: $(STAMP)  ## lint, layers, spelling
 	$(BIN)/ruff check .
