@@ -276,3 +276,27 @@ def start(
         model.hf, model._engine("hf"), given, edits, list(_batches(given, batch_size)), sites,
         model.max_positions, model.d_vocab,
         check_layers(list(gradients), model.n_layers) if gradients else ())
+
+
+def unembed(
+    model: Model, states: Float[Tensor, "*row d_model"], tokens: Optional[Sequence[int]] = None
+) -> Float[Tensor, "*row vocab"]:
+    """The vocabulary head on states as they are: no final norm before it, no cap after it.
+
+    Example:
+        >>> import interp
+        >>> model = interp.open_model("backcopy-1l")
+        >>> unembed(model, torch.zeros(2, model.d_model), tokens=[5, 6, 7]).shape
+        torch.Size([2, 3])
+
+    With `tokens`, their columns only. Raises `ModelRefused` where there is no such head.
+    """
+    head = model.hf.get_output_embeddings()
+    if head is None:
+        raise ModelRefused(f"{model.name} has no vocabulary head.")
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if tokens is not None:
+        weight, bias = weight[list(tokens)], None if bias is None else bias[list(tokens)]
+    with torch.no_grad():
+        made = nn.functional.linear(states.to(weight), weight, bias)
+    return made.float().cpu()
