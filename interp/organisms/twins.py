@@ -5,6 +5,8 @@ and training each contribute (arXiv:2501.00073, arXiv:2509.21042).
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Optional, SupportsIndex
 
 import torch
@@ -94,20 +96,45 @@ def without_positions(hf: PreTrainedModel) -> None:
         >>> float(hf.model.rotary_emb.inv_freq.sum())
         0.0
     """
-    decoder: Any = hf.get_decoder() if hasattr(hf, "get_decoder") else hf
-    found = 0
     with torch.no_grad():
-        for name, buffer in decoder.named_buffers():
-            if name.endswith("inv_freq"):
-                # cos 0 = 1 and sin 0 = 0: queries and keys are turned by nothing.
-                buffer.zero_()
-                found += 1
-        for name, module in decoder.named_modules():
-            if name.split(".")[-1] in LEARNED and isinstance(module, nn.Embedding):
-                module.weight.zero_()
-                found += 1
+        for values in _encodings(hf):
+            # cos 0 = 1 and sin 0 = 0: queries and keys are turned by nothing.
+            values.zero_()
+
+
+@contextmanager
+def positions_off(hf: PreTrainedModel) -> Iterator[None]:
+    """Inside the block the model has no position encodings; they come back after it.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> hf = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8,
+        ...                                   num_hidden_layers=1, num_attention_heads=2))
+        >>> with positions_off(hf):
+        ...     inside = float(hf.model.rotary_emb.inv_freq.sum())
+        >>> inside, float(hf.model.rotary_emb.inv_freq.sum()) > 0
+        (0.0, True)
+    """
+    found = _encodings(hf)
+    before = [values.clone() for values in found]
+    try:
+        without_positions(hf)
+        yield
+    finally:
+        with torch.no_grad():
+            for values, old in zip(found, before):
+                values.copy_(old)
+
+
+def _encodings(hf: PreTrainedModel) -> list[torch.Tensor]:
+    """Rotary frequencies and learned position embeddings of the language part."""
+    decoder: Any = hf.get_decoder() if hasattr(hf, "get_decoder") else hf
+    found = [buffer for name, buffer in decoder.named_buffers() if name.endswith("inv_freq")]
+    found += [module.weight.data for name, module in decoder.named_modules()
+              if name.split(".")[-1] in LEARNED and isinstance(module, nn.Embedding)]
     if not found:
         raise ModelRefused(
             f"{type(hf).__name__} has no rotary frequencies and no learned position embeddings, so "
             "its positions cannot be taken away."
         )
+    return found

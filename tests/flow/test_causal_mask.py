@@ -138,7 +138,7 @@ def comparing(tiny, causal):
 def test_the_mask_writes_position_into_scores_and_nothing_else_does(tiny):
     """With the mask and without it, the rest being equal; the first layer cannot know yet."""
     rng = np.random.default_rng(3)
-    prompts = [Prompt.from_tokens(rng.integers(3, 97, 40)) for _ in range(14)]
+    prompts = [Prompt.from_tokens(rng.integers(3, 97, 40)) for _ in range(20)]
     found = {}
     for causal in (True, False):
         model = comparing(tiny, causal)
