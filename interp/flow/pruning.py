@@ -80,11 +80,18 @@ def with_random(
     Of the pairs whose budget is nearest, the one whose second number is nearest to `last` * keep
     (38 of 192 in the paper); none keeps more than there are.
     """
-    goal = average_tokens([(first, keep)], n_layers, total)
-    pairs = [(a, b) for b in range(int(keep) + 1) for a in range(int(keep), int(total) + 1)]
-    return min(pairs, key=lambda pair: (
-        round(abs(average_tokens([(first, pair[0]), (second, pair[1])], n_layers, total) - goal), 9),
-        abs(pair[1] - float(last) * int(keep))))
+    one, early, late, depth = int(keep), int(first), int(second), int(n_layers)
+    average_tokens([(early, one), (late, 0)], depth, total)  # checks them
+    if early == late:
+        raise OutOfRange(f"both stages are at block {early}: the second must come later.")
+    tried = []
+    for b in range(one + 1):
+        exact = one + (one - b) * (depth - late) / (late - early)
+        for a in (int(exact), int(exact) + 1):
+            kept = min(a, int(total))
+            tried.append((round(abs(kept - exact), 9), abs(b - float(last) * one), kept, b))
+    _, _, a, b = min(tried)
+    return a, b
 
 
 def apply(

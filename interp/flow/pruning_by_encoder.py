@@ -152,8 +152,8 @@ def shares(
 
 
 def hired(
-    early: Scores, late: Sequence[Scores], parts: Sequence[SupportsIndex], keep: SupportsIndex, *,
-    alpha: SupportsFloat,
+    early: Scores, late: Sequence[Float[Tensor, "_"]], parts: Sequence[SupportsIndex],
+    keep: SupportsIndex, *, alpha: SupportsFloat,
 ) -> list[tuple[int, ...]]:
     """HiRED's tokens of every tile of a high-resolution image.
 

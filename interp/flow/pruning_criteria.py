@@ -88,7 +88,8 @@ def _share(layers: int, number: int, of: int) -> int:
 
 
 def _transprune(e: Evidence, layer: int) -> Tensor:
-    first = min(layer - 1, _share(e.base.n_layers, 6, 32))
+    # Blocks 7 to 12 of 32, counted from 1, and never those before an earlier pruning.
+    first = max(e.start, min(layer - 1, _share(e.base.n_layers, 6, 32)))
     changes = [one for block in range(first, layer) for one in e.transitions(block)]
     return attention.transprune(changes, e.asking(layer))
 
@@ -183,7 +184,7 @@ def _rows() -> list[Criterion]:
             compact, "paper", "ZOO-Prune, exact form", lambda e, _: e.sensitivity()),
         row("zeroth-order, diverse", "encoder", "the same, and projected features", before, compact,
             "paper", "ZOO-Prune", choice=lambda e, _, n, __: diversity.sensitive_and_diverse(
-                e.sensitivity(), e.states(0), n)),
+                e.sensitivity(), e.projected()[e.cells], n)),
         row("DivPrune", "diversity", "states", before, compact, "code", "DivPrune",
             choice=lambda e, k, n, _: diversity.divprune(e.states(k), n)),
         row("ToDRE", "diversity", "states", before, "", "paper", "ToDRE v2, stage 1",

@@ -95,6 +95,11 @@ class Evidence:
         return self.base.spent / self.base.prefill + 1
 
     @property
+    def start(self) -> int:
+        """The block before which tokens were pruned last; 0 if none were."""
+        return 0 if self._from is None else self._from[0]
+
+    @property
     def rows(self) -> Int[Tensor, "row"]:
         """Every position from the image on that is left."""
         return torch.tensor(sorted((*self.others, *self.tokens)))
