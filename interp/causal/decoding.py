@@ -21,8 +21,6 @@ from interp.core.intervention import block, each
 from interp.models import tower
 from interp.models.model import Model
 from interp.models.stepping import Stepping
-from interp.stream.chosen_rows import RowWeights
-from interp.stream.per_layer import PerLayer
 
 Kind = Literal["contrast", "sum", "mix"]
 Logits = Union[Float[Tensor, "*row vocab"], Float[np.ndarray, "*row vocab"]]
@@ -251,18 +249,29 @@ def image_tokens(prompt: Prompt) -> tuple[int, ...]:
 
 def last_row_attention(
     model: Model, prompts: Sequence[Prompt], rows: Optional[Sequence[Sequence[int]]] = None,
-    layers: Optional[Sequence[int]] = None,
+    layers: Optional[Sequence[int]] = None, batch_size: int = 32,
 ) -> list[Float[Tensor, "layer head query token"]]:
     """Attention from the last prompt token (or `rows`) to the image tokens, per prompt."""
-    chosen = [[len(p) - 1] for p in prompts] if rows is None else [list(r) for r in rows]
-    run = model.run(prompts, logits="none", batch_size=32, stats=[PerLayer(
-        "segments", lambda number, layer: RowWeights(chosen[number]))])
-    weights, found = run.stats["segments"], []
-    if layers is not None:
-        weights = weights.sel(layer=list(layers))
-    for number, prompt in enumerate(prompts):
-        part = weights.isel(prompt=number).values[:, :, : len(chosen[number])]
-        found.append(torch.tensor(part[..., list(image_tokens(prompt))]))
+    places = [image_tokens(prompt) for prompt in prompts]
+    chosen = [[len(p) - 1] for p in prompts] if rows is None else [list(map(int, r)) for r in rows]
+    blocks = range(model.n_layers) if layers is None else layers
+    found: list[Any] = [None] * len(prompts)
+    tails: dict[int, list[int]] = {}
+    for number, (prompt, row) in enumerate(zip(prompts, chosen)):
+        if min(row) <= max(places[number]):
+            raise PromptError("attention on a picture is read from tokens after it.")
+        tails.setdefault(len(prompt) - min(row), []).append(number)
+    # The rows from the first one asked for on are a pass of their own: no others are made.
+    for tail, numbers in tails.items():
+        for start in range(0, len(numbers), batch_size):
+            part = numbers[start : start + batch_size]
+            steps = model.stepping([prompts[n] for n in part], tail=tail, batch_size=batch_size,
+                                   read=[f"pattern.{layer}" for layer in blocks])
+            for stream, n in enumerate(part):
+                local = [r - (len(prompts[n]) - tail) for r in chosen[n]]
+                found[n] = torch.stack([
+                    steps.read(stream, f"pattern.{layer}")[:, local][..., list(places[n])]
+                    for layer in blocks])
     return found
 
 

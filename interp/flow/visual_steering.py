@@ -203,8 +203,7 @@ class GIFT(Method):
             decoding.image_tokens(prompt)
             places = prompt.positions(self.question)
             asked.append(places)
-            first = max(0, places[0] - 1)
-            rows.append(sorted({first, *places}))
+            rows.append(sorted(places))
         maps = decoding.last_row_attention(model, prompts, rows, layers=[read])
         plans = []
         for number, (prompt, places, row, attention) in enumerate(zip(prompts, asked, rows, maps)):

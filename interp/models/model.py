@@ -385,6 +385,7 @@ class Model:
         read: Union[str, Sequence[str]] = (),
         gradients: Sequence[int] = (),
         batch_size: int = 64,
+        tail: int = 0,
     ) -> Any:
         """Prompts to be continued by tokens that are chosen outside, side by side.
 
@@ -398,11 +399,12 @@ class Model:
 
         `write` acts in the prompts and in every later step, as in `run`; `read` names sites of
         single layers ("resid_post.3"), or all layers, for `Stepping.read`; `gradients` names
-        layers for `Stepping.gradient_by_attention`. See `interp.models.stepping`.
+        layers for `Stepping.gradient_by_attention`; the last `tail` tokens of the prompts are a
+        pass of their own, the first decoding step, so that only their rows are read.
         """
         from interp.models.stepping import start
 
-        return start(self, prompts, write, read, gradients, batch_size)
+        return start(self, prompts, write, read, gradients, batch_size, tail)
 
     @property
     def end_tokens(self) -> frozenset[int]:

@@ -33,11 +33,13 @@ class Stepping:
     def __init__(
         self, hf: nn.Module, lane: Any, prompts: Sequence[Prompt], edits: Sequence[Edits],
         groups: Sequence[Sequence[int]], read: Sequence[Site], max_positions: Optional[int],
-        d_vocab: int, gradients: Sequence[int] = (),
+        d_vocab: int, gradients: Sequence[int] = (), tail: int = 0,
     ) -> None:
         self.hf, self.lane, self.prompts, self.edits = hf, lane, list(prompts), list(edits)
         self.max_positions, self.d_vocab = max_positions, d_vocab
         self.gradients = tuple(gradients)
+        # What is differentiated is a pass of one row.
+        self.tail = max(tail, 1) if self.gradients else tail
         self._read = {(_held(site), layer) for site in read for layer in site.of(len(lane.blocks))}
         self.fed: list[list[int]] = [[] for _ in prompts]
         self.logits = torch.zeros(len(self.prompts), d_vocab)
@@ -119,24 +121,24 @@ class Stepping:
         some = [self.prompts[n] for n in group.numbers]
         ids = torch.tensor([prompt.ids for prompt in some], device=self.lane.device)
         inputs = self.lane._inputs(some)
-        if not self.gradients:
+        if not self.tail:
             self._pass(group, ids, inputs, Pass(0, ids.shape[1]))
             return
-        # The last token is a pass of its own, so that its row alone is differentiated.
-        inputs = {k: v[:, :-1] if v.shape == ids.shape else v for k, v in inputs.items()}
-        self._pass(group, ids[:, :-1], inputs, Pass(0, ids.shape[1] - 1), leaves=False)
-        self._pass(group, ids[:, -1:], {}, Pass(ids.shape[1] - 1, 1, decoding=True))
+        first = ids.shape[1] - self.tail
+        inputs = {k: v[:, :first] if v.shape == ids.shape else v for k, v in inputs.items()}
+        self._pass(group, ids[:, :first], inputs, Pass(0, first), before=True)
+        self._pass(group, ids[:, first:], {}, Pass(first, self.tail, decoding=True))
 
     def _pass(
-        self, group: "_Group", ids: Tensor, inputs: dict, now: Pass, leaves: bool = True
+        self, group: "_Group", ids: Tensor, inputs: dict, now: Pass, before: bool = False
     ) -> None:
         group.now, group.held, group.leaves = now, {}, []
         edits = [self.edits[n] for n in group.numbers]
-        differentiated = bool(self.gradients) and leaves
+        differentiated = bool(self.gradients) and not before
         if differentiated:
             edits = [_Leaves(one, self.gradients) for one in edits]
         also = ("pattern", "v") if differentiated else ("v",)
-        wanted = self._read | {(name, layer) for layer in self.gradients for name in also}
+        wanted = (set() if before else self._read) | {(name, layer) for layer in self.gradients for name in also}
         reads = _Latest(wanted, group.held)
         with (attend.implementation(self.lane.configs), _own_offsets(self.hf, group.offsets),
               frozen(self.hf)):
@@ -254,7 +256,7 @@ def _own_offsets(hf: nn.Module, own: dict[nn.Module, Any]) -> Iterator[None]:
 
 def start(
     model: Model, prompts: Any, write: Any, read: Union[str, Sequence[str]],
-    gradients: Sequence[int], batch_size: int,
+    gradients: Sequence[int], batch_size: int, tail: int,
 ) -> Stepping:
     """Check what is asked for and run the prompts; see `Model.stepping`."""
     if model.lane != "hf":
@@ -270,12 +272,16 @@ def start(
     for site in sites:
         site.of(model.n_layers)
         model._check_site(site.name, "read")
-    if gradients and min(map(len, given)) < 2:
-        raise PromptError("gradients need prompts of at least two tokens.")
+    if tail < 0 or min(map(len, given)) <= max(tail, int(bool(gradients))):
+        raise PromptError(f"a tail of {max(tail, 1)} tokens needs longer prompts.")
+    for prompt in given:
+        seen = [p for segment in prompt.of_kind("image") for p in segment.positions]
+        if seen and max(tail, int(bool(gradients))) >= len(prompt) - max(seen):
+            raise PromptError("the tail of a prompt must come after its picture; make it shorter.")
     return Stepping(
         model.hf, model._engine("hf"), given, edits, list(_batches(given, batch_size)), sites,
         model.max_positions, model.d_vocab,
-        check_layers(list(gradients), model.n_layers) if gradients else ())
+        check_layers(list(gradients), model.n_layers) if gradients else (), tail)
 
 
 def unembed(

@@ -97,6 +97,22 @@ def test_fed_tokens_need_not_be_its_own(opened, prompt_of):
         assert close(steps.read(number, "pattern.2")[:, 0], torch.tensor(expected))
 
 
+@pytest.mark.parametrize("architecture", ["mistral", "gpt_oss", *IMAGES])
+def test_a_tail_is_the_same_prompt_with_only_its_rows_read(opened, prompt_of, architecture):
+    model, prompt = opened(architecture), prompt_of(architecture)
+    steps = model.stepping([prompt, prompt], tail=3, read=["pattern.1", "resid_post.2"])
+    run = model.run(prompt, read=["pattern.1", "resid_post.2"])
+    assert close(steps.logits[1], run.logits[0][-1])
+    for site, rows in (("pattern.1", run.reads["pattern.1"].values[0, 0][:, -3:]),
+                       ("resid_post.2", run.reads["resid_post.2"].values[0, 0][-3:])):
+        assert close(steps.read(1, site), torch.tensor(rows))
+    plain = greedy(model.stepping(prompt))[0]
+    assert greedy(model.stepping(prompt, tail=3))[0] == plain
+    if architecture in IMAGES:
+        with pytest.raises(PromptError, match="must come after its picture"):
+            model.stepping(prompt, tail=8)
+
+
 def test_pictures_do_not_leak_from_stream_to_stream(opened, image_prompt, text_prompt):
     """Qwen-VL models remember the last picture's offset; here every stream keeps its own."""
     model = opened("qwen2_5_vl")
