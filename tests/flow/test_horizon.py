@@ -6,12 +6,14 @@ import functools
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 import interp
 from interp.causal import removal
-from interp.core import OutOfRange, Prompt, PromptError, Segment, SegmentNotFound
+from interp.core import NumericalError, OutOfRange, Prompt, PromptError, Segment, SegmentNotFound
 from interp.flow import horizon
 from interp.models.model import Model
+from interp.organisms import plant_horizon as plant
 
 N, IMAGE = 16, tuple(range(3, 9))
 AFTER = list(range(9, N))
@@ -127,6 +129,117 @@ def test_horizons_of_curves():
     assert horizon.task_horizon(fewer, noisy, [1, 2]) == 1
 
 
+@pytest.fixture(scope="module")
+def planted():
+    """A LLaVA with 6 x 6 image tokens that cannot read them from block 3 of 5 on."""
+    rng = np.random.default_rng(5)
+    hf = plant.tiny_llava(rng, n_layers=5, side=6)
+    given = plant.picture_prompt(hf, rng)
+    made = plant.image_horizon(hf, 3, plant.as_inputs(given))
+    return Model(made.model, "planted"), given
+
+
+def test_differences_of_logits_go_on_where_probabilities_are_certain(planted):
+    model, given = planted
+    groups = horizon.windows(given, size=3)
+    found = horizon.information(model, given, 7, groups=groups, against=[9, 11, 30])
+    row = model.run(given).logits[0][-1]
+    foil = max((9, 11, 30), key=lambda t: float(row[t]))
+    assert found.manifest["foil"] == foil and found.manifest["image_attention"] == "causal"
+    assert int(found["full_top"]) == int(row.argmax())
+    assert float(found["difference_full"]) == pytest.approx(float(row[7] - row[foil]), abs=1e-5)
+    cut = interp.block(given.positions(slice(38, None)), given.positions("image"), layers=[2, 3, 4])
+    none = model.run(given, write=cut).logits[0][-1]
+    at = found.data.sel(layer=2)
+    assert float(at["difference_none"]) == pytest.approx(float(none[7] - none[foil]), abs=1e-4)
+    assert int(at["top"]) == int(none.argmax())
+    # Without any token the answer is held against, it is the likeliest other token.
+    free = horizon.information(model, given, int(row.argmax()), groups=groups, layers=[1])
+    assert free.manifest["foil"] == int(row.topk(2).indices[1])
+    got = horizon.horizons(found, 1e-6, 1e-5, delta=1e-4)
+    assert got == {"H_info": 3, "H_out": 3, "H_logit": 3}
+
+
+def test_bisection_finds_the_same_horizon_with_fewer_evaluations(planted):
+    model, given = planted
+    for eta in (1e-5, 1e9):
+        whole = horizon.information(model, given, 7, groups=[given.positions("image")])
+        found = horizon.output_horizon(model, given, eta)
+        assert int(found["H_out"]) == horizon.horizons(whole, eta=eta)["H_out"]
+    assert found.manifest["monotone"] and found.data.sizes["layer"] < model.n_layers - 1
+    assert float(found["prefills"]) < float(whole["prefills"])
+
+
+def test_bisection_of_a_curve_that_rises_looks_at_all_layers(planted, monkeypatch):
+    model, given = planted
+    curve = {1: 0.0, 2: 0.0, 3: 0.1, 4: 0.9}
+    real = horizon.Removal.logits
+
+    def logits(self, layer, kept, batch_size=64):
+        rows = real(self, layer, kept, batch_size)
+        full = self.base.logits[-1].float().cpu().expand_as(rows).clone()
+        full[:, 0] += 10 * curve[int(layer)]
+        return full
+
+    monkeypatch.setattr(horizon.Removal, "logits", logits)
+    found = horizon.output_horizon(model, given, 1e-4)
+    assert not found.manifest["monotone"] and list(found["layer"].values) == [1, 2, 3, 4]
+    assert int(found["H_out"]) == 5
+
+
+def test_coarse_windows_lead_to_the_strongest_fine_ones(planted):
+    model, given = planted
+    whole = horizon.information(model, given, 7, groups=horizon.windows(given, size=1))
+    found = horizon.coarse_to_fine(model, given, 7, coarse=2, fine=1, share=0.25)
+    assert found.data.sizes["window"] == 9 and len(found.manifest["refined"]) == 3
+    assert found.data.sizes["group"] == 12
+    assert float(found["prefills"]) < float(whole["prefills"])
+    number = {tuple(group): i for i, group in enumerate(whole.manifest["groups"])}
+    same = [number[tuple(group)] for group in found.manifest["groups"]]
+    assert np.allclose(found["information"], whole["information"][:, same], atol=1e-6)
+    coarse = np.abs(found["coarse"].values).max(0)
+    assert set(found.manifest["refined"]) == set(np.argsort(-coarse)[:3].tolist())
+    with pytest.raises(PromptError, match="windows of 3 cannot be refined to windows of 2"):
+        horizon.coarse_to_fine(model, given, 7, coarse=3, fine=2)
+
+
+def test_rank_correlation_of_two_maps_layer_by_layer():
+    rng = np.random.default_rng(0)
+    one = rng.standard_normal((3, 9))
+    other = np.stack([np.exp(one[0]), -one[1], np.zeros(9)])
+    assert np.array_equal(horizon.agreement(one, other), [1.0, -1.0, np.nan], equal_nan=True)
+    with pytest.raises(ValueError, match="must be equal"):
+        horizon.agreement(one, xr.DataArray(other[:2]))
+
+
+def test_relative_information_needs_a_base(planted):
+    model, given = planted
+    row = model.run(given).logits[0][-1].softmax(-1)
+    likely, rare = int(row.argmax()), int(row.argmin())
+    found = horizon.information(model, given, likely, layers=[1])
+    assert np.allclose(horizon.relative(found, 0.01), found["information"] / float(row.max()),
+                       atol=1e-6)
+    scarce = horizon.information(model, given, rare, layers=[1])
+    with pytest.raises(NumericalError, match="no relative change can be told"):
+        horizon.relative(scarce)
+
+
+def test_horizons_of_sets_have_intervals_over_prompts():
+    layers, curves = [1, 2, 3], np.zeros((40, 3))
+    curves[:, 0] = 1.0
+    curves[:20, 1] = 0.03  # half of the prompts read one block longer
+    assert horizon.each_horizon(curves, 0.01, layers, 4).tolist() == [3.0] * 20 + [2.0] * 20
+    mean = horizon.horizon_of_task(curves, 0.01, layers, 4)
+    assert mean.value == 3 and mean.interval[0] >= 2 and mean.n == 40
+    never = horizon.horizon_of_task(np.ones((10, 3)), 0.01, layers, 4)
+    assert never.value == 4 and never.interval == (4.0, 4.0)
+    full = np.r_[np.ones(30), np.zeros(10)]
+    correct = np.repeat(full[:, None], 3, 1)
+    correct[:, 0] = 0
+    score = horizon.horizon_of_score(correct, full, layers, 4)
+    assert score.value == 2 and score.interval == (2.0, 2.0)
+
+
 def test_bad_input_is_one_sentence(opened):
     model, given = opened("llama"), prompt()
     bare = Prompt.from_tokens(given.ids)
@@ -140,6 +253,8 @@ def test_bad_input_is_one_sentence(opened):
         horizon.information(model, given, 7, removal="mask")
     with pytest.raises(PromptError, match="needs states="):
         horizon.information(model, given, 7, removal="replace_mean")
+    with pytest.raises(PromptError, match="token 7 begins the answer and one of the others"):
+        horizon.information(model, given, 7, against=[8, 7])
     with pytest.raises(PromptError, match="several axes"):
         horizon.information(opened("qwen2_5_vl"), given, 7, removal="drop_compact_ids")
     tiled = Prompt(given.ids, (Segment("image", IMAGE, "image"),))
