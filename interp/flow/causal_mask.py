@@ -30,6 +30,9 @@ LONGEST = 1024
 GROUPS = 16
 """Parts into which prompts are averaged: what the bootstrap resamples."""
 
+HELD = 1 << 25
+"""Scores of one prompt held at once, over heads and layers."""
+
 Norm = Literal["unit", "layer_norm_d", "layer_norm_sqrt_d"]
 
 
@@ -247,7 +250,7 @@ def measure(
     layers: Optional[Iterable[SupportsIndex]] = None,
     *,
     exclude_first: bool = True,
-    permutations: SupportsIndex = 200,
+    permutations: SupportsIndex = 100,
     seed: SupportsIndex = 0,
 ) -> Result:
     """The mean score matrix of the first layers, and how much of it is neither distance nor chance.
@@ -261,7 +264,7 @@ def measure(
 
     Args:
         prompts: of one length, of at most `LONGEST` tokens: whole matrices are kept (averaged over
-            heads and prompts; one prompt's scores of one layer are held at a time).
+            heads and prompts).
         layers: the first four for None, as in the paper.
         exclude_first: leave out the first key; `with_first` has the other value.
         permutations: of the key positions, all diagonals alike, for the null: entries of one column
@@ -287,10 +290,14 @@ def measure(
         raise OutOfRange(f"layers run from 0 to {model.n_layers - 1} in {model.name}.")
     groups, causal = min(GROUPS, len(given)), model.kind == "decoder"
     totals = np.zeros((len(chosen), groups, n, n))
+    # As many layers at once as stay small.
+    step = max(1, HELD // (model.n_heads * n * n))
     for number, prompt in enumerate(given):
-        for at, layer in enumerate(chosen):
-            read = model.run(prompt, read=f"scores.{layer}", logits="none").reads
-            totals[at, number % groups] += read[f"scores.{layer}"].values[0, 0].mean(0)
+        for first in range(0, len(chosen), step):
+            part = chosen[first : first + step]
+            reads = model.run(prompt, read=[f"scores.{x}" for x in part], logits="none").reads
+            for at, layer in enumerate(part, first):
+                totals[at, number % groups] += reads[f"scores.{layer}"].values[0, 0].mean(0)
     sizes = np.bincount(np.arange(len(given)) % groups)
     rng = np.random.default_rng(int(seed))
     rows = []
@@ -329,7 +336,7 @@ def measure(
 
 def interval(
     found: Result, layer: SupportsIndex, what: Literal["non_relative", "repeated"] = "non_relative",
-    resamples: int = 2000,
+    resamples: int = 1000,
 ) -> Estimate:
     """NR of a layer, or the repeated share, with its bootstrap interval over groups of prompts."""
     one = found.data.sel(layer=int(layer))

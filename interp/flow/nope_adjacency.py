@@ -24,6 +24,10 @@ from interp.models.model import Model
 States = Union[Float[Tensor, "*layer position d_model"], Float[np.ndarray, "*layer position d_model"]]
 
 
+SHORT = 200
+"""Rows of up to so many keys are compared pair by pair, which is faster than sorting them."""
+
+
 def cosines(states: States) -> Float[np.ndarray, "*layer position position"]:
     """Cosine similarity of every two positions.
 
@@ -56,14 +60,14 @@ def adjacency(cosine: Float[np.ndarray, "*layer position position"]) -> Float[np
     if n < 3:
         raise ValueError("a triple of positions needs at least three of them.")
     flat = matrix.reshape(-1, n, n)
-    rows, size = [], np.arange(n)
-    pairs = float((size * (size - 1) / 2).sum())
-    for one in flat:
-        net = 0
-        for i in range(2, n):
-            net += _net_concordant(one[i, :i])
-        rows.append(0.5 + 0.5 * net / pairs)
-    return np.array(rows).reshape(matrix.shape[:-2])
+    net, size = np.zeros(len(flat)), np.arange(n)
+    for i in range(2, n):
+        if i <= SHORT:
+            one = flat[:, i, :i]
+            net += (np.sign(one[:, :, None] - one[:, None, :]) * np.tri(i, k=-1)).sum((1, 2))
+        else:
+            net += [_net_concordant(row) for row in flat[:, i, :i]]
+    return np.asarray(0.5 + 0.5 * net / (size * (size - 1) / 2).sum()).reshape(matrix.shape[:-2])
 
 
 def _net_concordant(values: np.ndarray) -> int:

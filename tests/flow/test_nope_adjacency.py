@@ -31,6 +31,14 @@ def test_adjacency_counts_every_triple(n, levels, seed):
     assert found == pytest.approx([by_triples(one) for one in cosine], abs=1e-12)
 
 
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_sorting_counts_what_comparing_counts(monkeypatch, levels):
+    cosine = np.random.default_rng(2).integers(0, levels, (2, 30, 30)).astype(float)
+    compared = nope_adjacency.adjacency(cosine)
+    monkeypatch.setattr(nope_adjacency, "SHORT", 1)
+    assert np.allclose(nope_adjacency.adjacency(cosine), compared, atol=1e-12)
+
+
 def test_states_that_know_their_position_and_states_that_do_not():
     rng = np.random.default_rng(0)
     walk = np.cumsum(rng.normal(size=(60, 300)), 0)
