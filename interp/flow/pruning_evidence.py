@@ -246,12 +246,16 @@ class Evidence:
     @_once
     def asking(self, layer: SupportsIndex) -> Float[Tensor, "head query token"]:
         """Attention of the positions after the image to the image tokens, in a block."""
-        return self._attention(int(layer), self.text, self.tokens)
+        return self._text_rows(int(layer))[:, :, : len(self.tokens)]
 
     @_once
     def among_text(self, layer: SupportsIndex) -> Float[Tensor, "head query query"]:
         """Attention of the positions after the image to each other, in a block."""
-        return self._attention(int(layer), self.text, self.text)
+        return self._text_rows(int(layer))[:, :, len(self.tokens) :]
+
+    @_once
+    def _text_rows(self, layer: int) -> Float[Tensor, "head query key"]:
+        return self._attention(layer, self.text, (*self.tokens, *self.text))
 
     def last(self, layer: SupportsIndex) -> Float[Tensor, "head token"]:
         """Attention of the last position to the image tokens, in a block."""
