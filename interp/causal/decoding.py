@@ -6,7 +6,7 @@ of the model's own pass), and the two are combined. Here is that shape; the meth
 `interp.flow`, each in the file of what it rests on, and this `Method` itself is greedy decoding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Optional, SupportsFloat, SupportsIndex, Union, get_args
 
@@ -337,11 +337,11 @@ def at_depth(
 
 
 def random_tokens(
-    among: Sequence[int], count: SupportsIndex, seed: SupportsIndex, number: SupportsIndex = 0
+    among: Iterable[SupportsIndex], count: SupportsIndex, seed: SupportsIndex, number: SupportsIndex = 0
 ) -> tuple[int, ...]:
     """As many random positions, another draw for every seed and prompt: the control of a set."""
     rng = np.random.default_rng([int(seed), int(number), int(count)])
-    return tuple(sorted(int(p) for p in rng.choice(list(among), int(count), replace=False)))
+    return tuple(sorted(int(p) for p in rng.choice([int(p) for p in among], int(count), replace=False)))
 
 
 def refuse_deep_stack(model: Model) -> None:
