@@ -70,7 +70,7 @@ def score(
 
 def measure(
     model: Model, prompts: Sequence[Prompt], said: Sequence[Sequence[SupportsIndex]],
-    *, layers: Optional[Sequence[SupportsIndex]] = None,
+    *, layers: Optional[Sequence[SupportsIndex]] = None, batch_size: int = 32,
 ) -> list[dict[str, Float[np.ndarray, "step"]]]:
     """Every said word's saliency and attention on the words before it, and its -log p.
 
@@ -94,7 +94,11 @@ def measure(
     words = [[int(t) for t in one] for one in said]
     if len(words) != len(given) or not all(words):
         raise PromptError("give the words that were said after every prompt, at least one.")
-    steps = model.stepping(given, gradients=chosen, batch_size=32)
+    if len(given) > batch_size:
+        return [one for i in range(0, len(given), batch_size) for one in measure(
+            model, given[i : i + batch_size], words[i : i + batch_size], layers=layers,
+            batch_size=batch_size)]
+    steps = model.stepping(given, gradients=chosen, batch_size=batch_size)
     found: list[dict[str, list[float]]] = [
         {"saliency": [], "attention": [], "loss": []} for _ in given]
     for step in range(max(map(len, words))):

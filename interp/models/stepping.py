@@ -138,7 +138,8 @@ class Stepping:
         if differentiated:
             edits = [_Leaves(one, self.gradients) for one in edits]
         also = ("pattern", "v") if differentiated else ("v",)
-        wanted = (set() if before else self._read) | {(name, layer) for layer in self.gradients for name in also}
+        wanted = {(name, layer) for layer in self.gradients for name in also}
+        wanted |= set() if before else self._read
         reads = _Latest(wanted, group.held)
         with (attend.implementation(self.lane.configs), _own_offsets(self.hf, group.offsets),
               frozen(self.hf)):
