@@ -73,6 +73,9 @@ FAMILIES = {
     "tower": tuple(n for n in selecting() if CRITERIA[n].family == "encoder"),
     "diversity": tuple(n for n in selecting() if CRITERIA[n].family == "diversity"),
 }
+TINY = ("FastV", "PyramidDrop", "TransPrune", "[CLS] attention", "zeroth-order", "DivPrune", "DART",
+        "ApET")
+"""Criteria of a --tiny run."""
 
 
 def run(settings: Settings, out: Output) -> None:
@@ -120,16 +123,18 @@ class _One:
 
     def __init__(self, model: Model, settings: Settings, out: Output) -> None:
         self.model, self.settings, self.out = model, settings, out
-        asked = questions.about_scenes(model, TASKS, settings.pick(28, tiny=5), settings.rng(1))
+        asked = questions.about_scenes(model, TASKS, settings.pick(24, tiny=5), settings.rng(1))
         self.asked = asked + questions.reading(model, settings.pick(8, tiny=3), settings.rng(2))
         if any(not one.prompt.of_kind("image") for one in self.asked):
             raise PromptError(f"{model.name} does not mark its image tokens.")
         depth = model.n_layers
         self.layers = sorted({round(x) for x in np.linspace(0, depth - 1, min(depth, 8))})
         if settings.tiny and depth > 3:
-            self.layers = sorted({0, 1, depth // 2, depth - 1})
+            self.layers = sorted({0, 1, depth - 1})
         self.shallow = [x for x in self.layers if 0 < x <= max(1, depth // 4)]
         self.draws = 10
+        # Resampling in Python is slow; for intervals two thousand draws are enough.
+        self.few = {"resamples": settings.pick(2000, tiny=200)}
 
     def claim(self, key: str, estimate: statistics.Estimate, **more: Any) -> None:
         self.out.claim(Claim(SENTENCES[key], _source(key), **{
@@ -143,7 +148,8 @@ class _One:
     def run(self) -> None:
         model, out = self.model, self.out
         out.record(model, questions.prompts(self.asked), f"questions-{model.name}")
-        self.found = self.measure(self.asked, layers=self.layers)
+        self.found = self.measure(self.asked, layers=self.layers,
+                                  criteria=self.settings.pick(selecting(), tiny=TINY))
         out.save(f"pruning-{model.name}", self.found)
         self.tasks = np.array([one.task for one in self.asked])
         self.refused = self.found.manifest["untestable"]
@@ -302,7 +308,8 @@ class _One:
         by_task = {task: pruning.no_better_from(gain[self.tasks == task], self.layers)
                    for task in sorted(set(self.tasks)) if (self.tasks == task).sum() >= 5}
         self.claim("deep", statistics.bootstrap(
-            first, every, resamples=1000, name="first layer from which on no criterion is better"),
+            first, every, resamples=self.settings.pick(1000, tiny=100),
+            name="first layer from which on no criterion is better"),
             null=float(depth), direction="below", causal=True, unit="layer", figure="layers",
             control=f"{self.draws} random sets of as many tokens in the same layer", details={
                 "layers measured": self.layers, "share of the depth": f"{first(every) / depth:.2f}",
@@ -312,7 +319,7 @@ class _One:
                     pruning.advantage(self.found, "p")[:, usable], self.layers)})
 
     def _family(self, names: Sequence[str], layers: Sequence[int], key: str = "correct") -> Any:
-        there = [n for n in names if n not in self.refused]
+        there = [n for n in names if n in self.found["arm"].values and n not in self.refused]
         return self.found[key].sel(arm=there, layer=list(layers)).mean(("arm", "layer")).values
 
     def _diverse(self) -> None:
@@ -322,15 +329,16 @@ class _One:
             return
         pair = [self._family(FAMILIES["diversity"], self.shallow),
                 self._family(ATTENTION, self.shallow)]
-        self.claim("diverse", statistics.difference(*pair), null=0.0, causal=True, unit="accuracy",
-                   figure="criteria", control="random tokens of the same number, on the same prompts",
+        self.claim("diverse", statistics.difference(*pair, **self.few), null=0.0, causal=True,
+                   unit="accuracy", figure="criteria",
+                   control="random tokens of the same number, on the same prompts",
                    details={
                        "layers": self.shallow, "diversity": float(pair[0].mean()),
                        "attention": float(pair[1].mean()),
                        "random": float(self.found["random_correct"].sel(layer=self.shallow).mean()),
                        "probability of the answer": str(statistics.difference(
                            self._family(FAMILIES["diversity"], self.shallow, "p"),
-                           self._family(ATTENTION, self.shallow, "p")))})
+                           self._family(ATTENTION, self.shallow, "p"), **self.few))})
 
     def _rank(self) -> None:
         layers = self.shallow or self.layers[1:2]
@@ -338,7 +346,8 @@ class _One:
             self.out.claim(_untestable("rank", f"{self.model.name} has one layer"), self.model.name)
             return
         self.claim("rank", statistics.difference(
-            self._family(["DivPrune"], layers, "rank"), self._family(ATTENTION, layers, "rank")),
+            self._family(["DivPrune"], layers, "rank"), self._family(ATTENTION, layers, "rank"),
+            **self.few),
             null=0.0, figure="audit", unit="effective rank",
             details={"layers": layers, "features": "what the projector gives"})
 
@@ -362,18 +371,18 @@ class _One:
         a, b = (x.mean(("arm", "layer"), skipna=True).values for x in (upright, other))
         ok = np.isfinite(a) & np.isfinite(b)
         if ok.any():
-            self.claim("late", statistics.mean((a[ok] + b[ok]) / 2), null=0.0, figure="audit",
-                       unit="rank correlation of score and raster position",
+            self.claim("late", statistics.mean((a[ok] + b[ok]) / 2, **self.few), null=0.0,
+                       figure="audit", unit="rank correlation of score and raster position",
                        control="the mean over a picture and the same picture upside down", details={
-                           "upright": str(statistics.mean(a[ok])),
-                           "upside down": str(statistics.mean(b[ok])),
+                           "upright": str(statistics.mean(a[ok], **self.few)),
+                           "upside down": str(statistics.mean(b[ok], **self.few)),
                            "of the content (half the difference)": str(
-                               statistics.mean((a[ok] - b[ok]) / 2)),
+                               statistics.mean((a[ok] - b[ok]) / 2, **self.few)),
                            "by layer": {str(x): float(upright.sel(layer=x).mean()) for x in layers}})
         else:
             self.out.claim(_untestable("late", "the scores are constant"), model.name)
         if np.isfinite(rows).all():
-            self.claim("rows", statistics.mean(rows), null=0.5, figure="audit",
+            self.claim("rows", statistics.mean(rows, **self.few), null=0.5, figure="audit",
                        unit="height of the picture, 0 top to 1 bottom",
                        control="random tokens: 0.5", details={"layer": layers[0]})
         else:
@@ -400,29 +409,30 @@ class _One:
                                    1) for one in pair]
 
         kept, compact = both("correct")
-        self.claim("positions", statistics.difference(kept.mean(1), compact.mean(1)), null=0.0,
-                   causal=True, unit="accuracy", control="the same tokens, numbered without gaps",
+        self.claim("positions", statistics.difference(kept.mean(1), compact.mean(1), **self.few),
+                   null=0.0, causal=True, unit="accuracy",
+                   control="the same tokens, numbered without gaps",
                    details={"layer": layers[0], "all tokens": float(pair[0]["full_correct"].mean()),
                             **{f"{name}, keep and compact": [float(k), float(c)] for name, k, c in
                                zip([*some, "random"], kept.mean(0), compact.mean(0))},
                             "probability of the answer": str(statistics.difference(
-                                *(x.mean(1) for x in both("p"))))})
+                                *(x.mean(1) for x in both("p")), **self.few))})
 
     def _merging(self) -> None:
         some = [n for n in ("random", "DivPrune", "ApET", "PyramidDrop", "[CLS] attention")
                 if n not in self.refused]
-        asked = self.asked[:: 1 if self.settings.tiny else 2]
+        asked = self.asked[::2]
         layers = [0, *self.shallow][:2]
         pair = [self.measure(asked, layers=layers, criteria=some, merge=merge, draws=1)
                 for merge in (True, False)]
         merged, dropped = (one["correct"].transpose("prompt", "arm", "layer") for one in pair)
         self.claim("merging", statistics.difference(
-            merged.mean(("arm", "layer")).values, dropped.mean(("arm", "layer")).values), null=0.0,
-            causal=True, unit="accuracy", control="the same tokens, with the others dropped",
+            merged.mean(("arm", "layer")).values, dropped.mean(("arm", "layer")).values, **self.few),
+            null=0.0, causal=True, unit="accuracy", control="the same tokens, with the others dropped",
             details={"layers": layers, "merged and dropped": {
                 name: [float(merged.sel(arm=name).mean()), float(dropped.sel(arm=name).mean())]
                 for name in some}, "probability of the answer": str(statistics.difference(
-                    *(one["p"].mean(("arm", "layer")).values for one in pair)))})
+                    *(one["p"].mean(("arm", "layer")).values for one in pair), **self.few))})
 
     # -- budgets ---------------------------------------------------------------------------------
 
@@ -436,7 +446,7 @@ class _One:
                 self.out.claim(_untestable(key, f"{self.model.name} has {depth} layers: too few for "
                                            "a second stage"), self.model.name)
                 continue
-            asked = self.asked[: self.settings.pick(36, tiny=6)]
+            asked = self.asked[: self.settings.pick(32, tiny=6)]
             one, two, budgets = [], [], []
             for number, question in enumerate(asked):
                 result = self._recipes(question, number, name, first, late)
@@ -446,15 +456,15 @@ class _One:
             single, double = np.array(one), np.array(two)  # [prompt, (correct, p)]
             spent = np.mean(budgets, 0)
             bars += [(name, spent[0], single[:, 0]), (f"{name} + random", spent[1], double[:, 0])]
-            self.claim(key, statistics.difference(double[:, 0], single[:, 0]), null=0.0, causal=True,
-                       unit="accuracy", figure="budget",
+            self.claim(key, statistics.difference(double[:, 0], single[:, 0], **self.few),
+                       null=0.0, causal=True, unit="accuracy", figure="budget",
                        control=f"{name} alone at the same number of image tokens per layer",
                        details={"image tokens per layer, alone and with random": spent.tolist(),
                                 "stages": f"blocks {first} and {late} of {depth}, "
                                 f"{self.draws} draws", "alone": float(single[:, 0].mean()),
                                 "with random": float(double[:, 0].mean()),
                                 "probability of the answer": str(statistics.difference(
-                                    double[:, 1], single[:, 1]))})
+                                    double[:, 1], single[:, 1], **self.few))})
         if not bars or not self.out.wants("budget"):
             self.out.no_figure("budget", "too few layers for a second stage", of=self.model.name)
             return
