@@ -184,7 +184,7 @@ class _One:
     def _objects(self, found: Result) -> None:
         match = self._quantities()
         near = [one.near for one in self.all]
-        matched = self._ablated({"object +1": near}, match=match)
+        matched = self._ablated({"object +1": near}, match=match, seeds=self.settings.pick(3, tiny=2))
         other: dict[str, Any] = {"registers": self._registers(), "phi-sinks": self._sinks(),
                                  "gradient": self._gradient()}
         used = {name: sets for name, sets in other.items() if any(sets)}
@@ -295,7 +295,7 @@ class _One:
         near, gaps, bars = [one.near for one in self.all], {}, {}
         for by in object_ablation.SUBSTITUTIONS:
             one = found if by == "mean" else self._ablated(
-                {"object +1": near}, by=by, seeds=self.settings.pick(3, tiny=2))
+                {"object +1": near}, by=by, seeds=2)
             bars[by] = [object_ablation.lost(one, "object +1", c) for c in ("set", "random")]
             gaps[by] = bars[by][0] - bars[by][1]
         known = np.isfinite(np.stack(list(gaps.values()))).all(0)
@@ -328,12 +328,13 @@ class _One:
         for number, role in enumerate(("image", "control")):
             heights = [np.nanmean(pair[number]) if np.isfinite(pair[number]).any() else 0.0
                        for pair in bars.values()]
-            ax.bar(np.arange(len(bars)) + 0.4 * number - 0.2, heights, 0.4, color=color(role),
-                   label="object +1" if not number else "random tokens")
+            drawn = ax.bar(np.arange(len(bars)) + 0.4 * number - 0.2, heights, 0.4, color=color(role),
+                           label="object +1" if not number else "random tokens")
+            ax.bar_label(drawn, fmt="%.2g", fontsize=6)
         ax.set_xticks(range(len(bars)), [name.replace("_", " ") for name in bars])
         ax.set_ylabel("share that becomes wrong")
         ax.set_xlabel("what replaces the tokens, or how it is asked")
-        ax.legend()
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         ax.set_title(self.model.name)
         self.figure("substitutions", figure)
 
@@ -480,9 +481,10 @@ class _One:
         axes[0].set_title("cut from the last position")
         axes[0].legend()
         if row:
-            axes[1].bar([0, 1], [row["near above"].mean(), np.mean(
+            drawn = axes[1].bar([0, 1], [row["near above"].mean(), np.mean(
                 [row[f"above {s}"] for s in range(seeds)])], color=[color("image"),
                                                                      color("control")])
+            axes[1].bar_label(drawn, fmt="%.1g", fontsize=6)
         axes[1].set_xticks([0, 1], ["object +1", "random"])
         axes[1].sharey(axes[0])
         axes[1].set_title("from the last row")

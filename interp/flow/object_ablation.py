@@ -377,9 +377,11 @@ def draw(found: Result, ax: Axes, metric: str = "accuracy") -> Axes:
         for name in names:
             values = lost(found, name, condition, metric)
             heights.append(np.nanmean(values) if np.isfinite(values).any() else np.nan)
-        ax.bar(np.arange(len(names)) + (number - (len(conditions) - 1) / 2) * width, heights, width,
-               color=color("image" if condition == "set" else "control"),
-               alpha=1.0 if number < 2 else 0.75 / (number - 1), label=condition)
+        bars = ax.bar(
+            np.arange(len(names)) + (number - (len(conditions) - 1) / 2) * width, heights, width,
+            color=color("image" if condition == "set" else "control"),
+            alpha=1.0 if number < 2 else 0.75 / (number - 1), label=condition)
+        ax.bar_label(bars, fmt="%.2g", fontsize=6)
     sizes = [float(found["count"].sel(segment=name).where(lambda x: x > 0).mean()) for name in names]
     ax.set_xticks(range(len(names)), [
         f"{name}\n({size:.3g})" for name, size in zip(names, sizes)])
@@ -387,7 +389,7 @@ def draw(found: Result, ax: Axes, metric: str = "accuracy") -> Axes:
     ax.set_xlabel("replaced image tokens (mean number)")
     ax.set_ylabel("share that becomes wrong" if metric == "accuracy" else
                   f"loss of {metric.replace('_', ' ')}")
-    ax.legend()
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return ax
 
 

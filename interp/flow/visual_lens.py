@@ -140,5 +140,5 @@ def draw(found: Result, ax: Axes, what: str = "auroc") -> Axes:
         ax.set_yscale("log")
         ax.set_ylabel("probability")
     ax.set_xlabel("layer (what enters it)")
-    ax.legend()
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return ax
