@@ -103,14 +103,22 @@ def order_free_logits(
     Raises:
         ModelRefused: models that cannot be resumed, or that add positions to their embeddings.
     """
-    base = model.resumable(prompt)
+    _check_positions(model, prompt)
+    return _side_by_side(model, prompt, int(count))
+
+
+def _check_positions(model: Model, prompt: Prompt) -> None:
     token = model.resumable(Prompt.from_tokens([prompt.ids[0]] * 3)).hidden[0]
     if not torch.allclose(token[1], token[2], atol=1e-6):
         raise ModelRefused(
             f"{model.name} adds positions to its embeddings, so documents cannot be read side by "
             "side at the same positions."
         )
-    spans = [prompt.segment(f"document_{i}").positions for i in range(int(count))]
+
+
+def _side_by_side(model: Model, prompt: Prompt, count: int) -> Tensor:
+    base = model.resumable(prompt)
+    spans = [prompt.segment(f"document_{i}").positions for i in range(count)]
     begin, end = spans[0][0], spans[-1][-1] + 1
     longest = max(map(len, spans))
     n = len(prompt)
@@ -162,7 +170,9 @@ def measure(
     for number, one in enumerate(given):
         turned = [reorder(one, order) for order in chosen]
         if order_free:
-            last = [order_free_logits(model, prompt, one.count) for prompt in turned]
+            if not number:
+                _check_positions(model, one.prompt)
+            last = [_side_by_side(model, prompt, one.count) for prompt in turned]
         else:
             run = model.run(turned, logits="last", batch_size=int(batch_size))
             last = [rows[-1].float() for rows in run.logits]
