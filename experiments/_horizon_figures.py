@@ -98,7 +98,7 @@ def pruning(pruned: xr.DataArray, data: Result, kept: str) -> Figure:
     for name, line in zip(("label", "own answer", "shuffled label"), ("-o", "--s", ":^")):
         ax.plot(at, pruned.sel(chosen=name).mean("prompt"), line, label=name, alpha=0.8)
     ax.plot(layers, data["score"].mean("prompt"), "-", color="black", linewidth=0.8,
-            label="none kept")
+            label=f"none kept (n = {data.data.sizes['prompt']})")
     ax.axhline(float(pruned["full"].mean()), color="black", linewidth=0.6, linestyle=":",
                label="whole image")
     ax.set(xlabel="pruning layer", ylabel="right answers (share)", ylim=(-0.03, 1.03))
@@ -132,7 +132,7 @@ def cost(row: Mapping[str, Any]) -> Figure:
     for y, name, role in ((1, "loop", "control"), (0, "map", "image")):
         passes = row[f"{name} (prefills)"]
         ax.barh(y, passes, color=color(role))
-        ax.text(passes, y, f"  {passes:.0f} passes, {row[f'{name} (seconds)']:.2g} s", va="center",
+        ax.text(passes, y, f"  {passes:.0f} passes, {row[f'{name} (seconds)']:.3g} s", va="center",
                 fontsize=7)
     ax.set_yticks([1, 0], ["loop over cells", "isolation map"])
     ax.set(xlabel="cost (plain passes over the prompt)", xlim=(0, 1.5 * row["loop (prefills)"]))

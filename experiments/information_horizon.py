@@ -56,10 +56,10 @@ SENTENCES = {
     "falls": "The spread of information over image tokens falls with depth (Spearman below -0.5).",
     "vanishes": "In the last quarter of the layers the spread of information is below a tenth of its "
     "largest.",
-    "info_ends": "Before the last block there is a depth past which no group of image tokens tells "
-    "the answer (H_info, 0.01 in probability).",
-    "out_ends": "Before the last block there is a depth past which withdrawing all image tokens leaves "
-    "the output as it is (H_out, 0.003 nats).",
+    "info_ends": "Most prompts have a depth before the last block past which no group of image tokens "
+    "tells the answer (H_info, 0.01 in probability).",
+    "out_ends": "Most prompts have a depth before the last block past which withdrawing all image "
+    "tokens leaves the output as it is (H_out, 0.003 nats).",
     "task": "Reading numbers has a deeper horizon than naming colors (H_info).",
     "task_out": "Reading numbers has a deeper horizon than naming colors (H_out).",
     "stronger": "Models that answer better have a deeper horizon, relative to their depth.",
@@ -255,7 +255,7 @@ class _One:
             own = int(removal.base.logits[-1].argmax())
             wrong = int(rng.choice(case.against))
             keep = max(1, round(KEEP * len(removal.places)))
-            drawn = [rng.choice(removal.places, keep, replace=False) for _ in range(DRAWS)]
+            drawn = [rng.choice(removal.places, keep, replace=False).tolist() for _ in range(DRAWS)]
             full[number] = own == case.token
             for at, layer in enumerate(layers):
                 p = removal.logits(layer, groups).softmax(-1)
@@ -337,12 +337,12 @@ class _One:
         each = {key: self._each(data, *given) for key, given in (
             ("info_ends", ("largest", EPSILON)), ("out_ends", ("kl", ETA)))}
         gap = statistics.difference(each["out_ends"], each["info_ends"], resamples=1000)
+        end = self.model.n_layers
         for key, values in each.items():
-            self.claim(key, statistics.mean(values, resamples=1000, name="mean horizon of a prompt"),
-                       null=float(self.model.n_layers - 1), direction="below", figure="spread",
-                       unit="layer", details={"H_out - H_info": str(gap),
-                                              "prompts without one": int(
-                                                  (values == self.model.n_layers).sum())})
+            self.claim(key, statistics.rate(int((values < end - 1).sum()), len(values)), null=0.5,
+                       figure="spread", unit="share of prompts", details={
+                           "mean horizon": float(values.mean()), "H_out - H_info": str(gap),
+                           "prompts without one": int((values == end).sum())})
 
     def _tasks(self, data: Result) -> None:
         pair = {task: figures.of_task(data, task) for task in ("read", "color")}
