@@ -58,10 +58,10 @@ def existence(
 def descriptions(
     model: Model, count: int, rng: np.random.Generator, noise: float
 ) -> list[Described]:
-    """Scenes, each with the instruction to describe it."""
+    """Scenes of a few objects, each with the instruction to describe it."""
     own = questions.is_looker(model)
     found = []
-    for scene in scenes.scenes(rng, count, noise=noise):
+    for scene in scenes.scenes(rng, count, shapes=(2, 4), numbers=1, noise=noise):
         picture = scenes.draw(scene, 1 if own else questions.SCALE)
         prompt = model.prompt(DESCRIBE if own else LONGER, images=[picture],
                               chat=questions.has_chat(model))

@@ -135,7 +135,7 @@ class _One(MapChecks, WordChecks):
     def __init__(self, model: Model, settings: Settings, out: Output) -> None:
         super().__init__(model, settings, out)
         own = questions.is_looker(model)
-        self.steps = settings.pick(32 if own else 64, tiny=12)
+        self.steps = settings.pick(24 if own else 64, tiny=8)
         n, few = settings.pick(48, tiny=8), settings.pick(12, tiny=3)
         self.asked = cases.existence(model, n, settings.rng(1), NOISE)
         self.plain = cases.existence(model, settings.pick(32, tiny=8), settings.rng(2), 1.0)

@@ -88,10 +88,14 @@ def irrelevant_tokens(
     Source: arXiv:2503.18556 (the idea; the share and the layers are this toolkit's).
     """
     delta = _numbers(task) - _numbers(generic)
-    count = max(1, min(len(delta) - 1, round(float(share) * len(delta))))
+    count = _count(share, len(delta))
     low = torch.zeros(len(delta), dtype=torch.bool)
     low[delta.sort(stable=True).indices[:count]] = True
     return delta, low
+
+
+def _count(share: SupportsFloat, n_tokens: int) -> int:
+    return max(1, min(n_tokens - 1, round(float(share) * n_tokens)))
 
 
 def outlier_tokens(
@@ -222,23 +226,27 @@ class IAVA(Method):
         return Combiner("contrast", self.alpha, self.beta)
 
     def plans(self, model: Model, prompts: Sequence[Prompt], new_tokens: int) -> list[Plan]:
+        if self.seed is not None:
+            return [self._view(prompt, decoding.random_tokens(
+                image := decoding.image_tokens(prompt), _count(self.share, len(image)), self.seed,
+                number)) for number, prompt in enumerate(prompts)]
         generic = [list(self.generic(prompt)) for prompt in prompts]
         flat = [one for some in generic for one in some]
         maps = iter(decoding.last_row_attention(model, flat))
         tasks = decoding.last_row_attention(model, prompts)
         plans = []
-        for number, (prompt, task, some) in enumerate(zip(prompts, tasks, generic)):
+        for prompt, task, some in zip(prompts, tasks, generic):
             image = np.array(decoding.image_tokens(prompt))
             others = torch.stack([next(maps).mean((0, 1, 2)) for _ in some])
             raw = task.mean((0, 1, 2))
             delta, low = irrelevant_tokens(raw, others.mean(0), self.share)
             kept = tuple(int(p) for p in image[low.numpy()])
-            if self.seed is not None:
-                kept = decoding.random_tokens(image, len(kept), self.seed, number)
-            plans.append(Plan(
-                second=prompt, second_write=decoding.only(prompt, kept),
-                found={"map": delta, "raw": raw, "kept": kept, "each": raw - others}))
+            plans.append(self._view(prompt, kept, map=delta, raw=raw, each=raw - others))
         return plans
+
+    def _view(self, prompt: Prompt, kept: tuple[int, ...], **found: Any) -> Plan:
+        return Plan(second=prompt, second_write=decoding.only(prompt, kept),
+                    found={"kept": kept, **found})
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,15 +274,16 @@ class DAMRO(Method):
         plans = []
         for number, prompt in enumerate(prompts):
             image = np.array(decoding.image_tokens(prompt))
-            rows = decoding.class_rows(model, prompt)
-            attention = rows[max(int(self.layer), -len(rows))]
-            count = max(1, min(int(self.count), len(image) // 4))
-            received, outliers = outlier_tokens(attention, count)
-            kept = tuple(int(p) for p in image[outliers.numpy()])
+            count, found = max(1, min(int(self.count), len(image) // 4)), {}
             if self.seed is not None:
                 kept = decoding.random_tokens(image, count, self.seed, number)
+            else:
+                rows = decoding.class_rows(model, prompt)
+                attention = rows[max(int(self.layer), -len(rows))]
+                found["map"], outliers = outlier_tokens(attention, count)
+                kept = tuple(int(p) for p in image[outliers.numpy()])
             plans.append(Plan(second=prompt, second_write=decoding.only(prompt, kept),
-                              found={"map": received, "kept": kept}))
+                              found={"kept": kept, **found}))
         return plans
 
 
