@@ -58,7 +58,7 @@ def tasks(model: Model, settings: Settings) -> list[Task]:
     count, rng = settings.pick(20, tiny=5), settings.rng(1)
     headless = not model.run(Prompt(tuple(model._probe())), logits="last").logits
     if _texts.knows(model, reader):
-        made = [_needles(count, rng), _copies(count, rng)]
+        made = [_needles(count, rng), _copies(count, rng)][: settings.pick(2, tiny=1)]
     elif headless:
         made = [_similar(model, min(count, 6), rng)]
     elif _passages.readable(model):
@@ -69,6 +69,9 @@ def tasks(model: Model, settings: Settings) -> list[Task]:
     special = {*(getattr(model.tokenizer, "all_special_ids", None) or ())}
     for one in made:
         words = sorted({t for item in one.items for t in item.prompt.ids[1:]} - special)
+        if _texts.knows(model, reader):
+            # Words of prose: another key would make a second answer.
+            words = [reader.TOKEN[word] for word in reader.PROSE]
         draws = 2 if headless else settings.pick(4, tiny=2)
         one.neutral = [int(t) for t in rng.choice(words, draws, replace=len(words) < draws)]
         one.mask = getattr(model.tokenizer, "mask_token_id", None) if model.kind == "encoder" else None
@@ -190,8 +193,18 @@ def _unfit(model: Model, task: Task) -> str:
         # p(first) - p(second) is no larger than p(first).
         rows = model.run([item.prompt for item in task.items], logits="last").logits
         sure = float(np.mean([float(row[-1].softmax(-1).max()) for row in rows]))
-        return "" if sure >= SURE else (
-            f"{model.name} knows no task here, and its first guess has a probability of {sure:.3f}")
+        if sure < SURE:
+            return (f"{model.name} knows no task here, and its first guess has a probability of "
+                    f"{sure:.3f}")
+        # The same last token after another text: a guess that stays depends on nothing else.
+        swapped = []
+        for item, next_ in zip(task.items, [*task.items[1:], task.items[0]]):
+            ids = (*next_.prompt.ids[: len(item.prompt) - 1], item.prompt.ids[-1])
+            swapped.append(replace(item, prompt=replace(item.prompt, ids=ids)))
+        moved = float(np.abs(saliency.outcomes(model, swapped) - found).mean())
+        return "" if moved >= SURE else (
+            f"{model.name} knows no task here, and another text before its last token changes its "
+            f"first guess by {moved:.3f}")
     right = int((found > 0).sum())
     return "" if statistics.rate(right, len(task)).interval[0] > 0.5 else (
         f"{model.name} prefers the right answer in {right} of {len(task)} prompts")
@@ -227,11 +240,12 @@ class Relevance:
 
 
 def relevance(model: Model, task: Task) -> Relevance:
-    """Everything that is compared, for one task."""
+    """Everything that is compared, for one task; rows only where the model cannot do it."""
     prompts = [item.prompt for item in task.items]
     # Flow from every row of a text would be one problem per row, input and layer.
     rows = [list(item.rows)[:: max(1, len(item.rows) // 4)] for item in task.items]
-    found = rollout.measure(model, prompts, queries=[list(item.rows) for item in task.items])
+    every = [list(item.rows) for item in task.items]
+    found = rollout.measure(model, prompts, queries=every)
     flowed = max_flow.measure(model, prompts, queries=rows, layers=some_layers(model.n_layers))
     made = {str(v): found["relevance"].sel(variant=v).values for v in found["variant"].values}
     made["flow"] = flowed["flow"].reindex(layer=np.arange(model.n_layers)).values
@@ -240,6 +254,13 @@ def relevance(model: Model, task: Task) -> Relevance:
     halves, keep = [], []
     special = {*(getattr(model.tokenizer, "all_special_ids", None) or ())}
     for item in task.items:
+        kept = np.array([t not in special for t in item.prompt.ids])
+        if model.kind == "decoder":
+            kept[0] = False
+        if item.query is not None:
+            kept[item.query] = False
+        keep.append(kept)
+    for item in () if task.unfit else task.items:
         blank = saliency.blank_out(model, item, task.neutral, batch_size=64)
         middle = len(blank) // 2
         halves.append((blank[:middle].mean(0), blank[middle:].mean(0)))
@@ -248,14 +269,8 @@ def relevance(model: Model, task: Task) -> Relevance:
         targets["knockout"].append(saliency.knockout(model, item, batch_size=64))
         for kind in ("gradient", "gradient_input"):
             targets[kind].append(saliency.gradients(model, item, kind))
-        kept = np.array([t not in special for t in item.prompt.ids])
-        if model.kind == "decoder":
-            kept[0] = False
-        if item.query is not None:
-            kept[item.query] = False
-        keep.append(kept)
-    return Relevance(task, made, targets, halves, keep, saliency.measure(model, task.items),
-                     dict(found.manifest["refused"]))
+    reads = None if task.unfit else saliency.measure(model, task.items)
+    return Relevance(task, made, targets, halves, keep, reads, dict(found.manifest["refused"]))
 
 
 def entropy(rows: np.ndarray, keep: Sequence[np.ndarray]) -> np.ndarray:

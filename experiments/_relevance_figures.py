@@ -45,6 +45,9 @@ class Figures:
                 heat.draw(ax, shown, limits=(0, 1), upward=False, bar=False,
                           x="input position" if name == "flow" else "",
                           y=f"{name}: position" if layer == layers[0] else "")
+                ticks = range(0, len(prompt), 1 if len(prompt) < 8 else 5)
+                ax.set_xticks(ticks)
+                ax.set_yticks(ticks)
                 if name == "raw attention":
                     ax.set_title(f"layer {layer}")
         figure.colorbar(axes[0, 0].images[0], ax=list(axes[:, -1]), label="√ relevance", shrink=0.6)

@@ -160,13 +160,12 @@ class _One:
         self.out.claim(Claim.untestable(*self.sentence(key, target), reason, **more), self.model.name)
 
     def claim(self, key: str, values: Any, target: str = "", **more: Any) -> None:
-        """A claim on the mean over prompts, NaN left out; none where the model cannot do the task."""
+        """A claim on the mean over prompts, NaN left out."""
         known = np.asarray(values, dtype=float)
         known = known[np.isfinite(known)]
         number = {k: more.pop(k) for k in ("paper_number", "paper_tag") if k in more}
-        if self.task.unfit or not len(known):
-            self.skip(self.task.unfit or "importance is the same for every token, or unknown", key,
-                      target, **number)
+        if not len(known):
+            self.skip("importance is the same for every token, or unknown", key, target, **number)
             return
         estimate = statistics.mean(known, resamples=self.resamples)
         details = {"task": self.task.what, **more.pop("details", {})}
@@ -176,20 +175,32 @@ class _One:
 
     def run(self) -> None:
         one = relevant.relevance(self.model, self.task)
+        figures = Figures(self.model, self.task, self.out)
+        figures.maps()
+        figures.first(one)
+        self._mask(one)
+        if self.task.unfit:
+            self._give_up()
+            return
         # Kept for all targets: the curves, and every claim.
         rho = {(kind, target): one.rho(kind, target) for kind in one.rows for target in TARGETS}
         self._save(one, rho)
-        figures = Figures(self.model, self.task, self.out)
-        figures.maps()
         figures.tokens(one)
         figures.correlation(rho)
-        figures.first(one)
         figures.saliency(one)
         self._compare(one, rho)
-        self._mask(one)
         heads, means = self._agreement(one)
         figures.agreement(heads, means)
         self._flags(one, figures)
+
+    def _give_up(self) -> None:
+        """No claim on what an answer depends on that the model does not give."""
+        for figure in ("tokens", "correlation", "agreement", "saliency", "flags"):
+            self.out.no_figure(figure, self.task.unfit, of=self.of)
+        for key, (text, _) in SENTENCES.items():
+            several = TARGETS if key in ("rollout", "flow") else BOTH
+            for target in several if "{target}" in text else ("",):
+                self.skip(self.task.unfit, key, target)
 
     def _save(self, one: Relevance, rho: dict[tuple[str, str], np.ndarray]) -> None:
         data = xr.Dataset(
@@ -199,8 +210,8 @@ class _One:
              "layer": np.arange(self.model.n_layers)})
         self.out.save(self.of, Result(data, {
             **self.model.manifest(), "task": self.task.what, "refused": one.refused,
-            "reliability": [saliency.reliability(a, b, k) for (a, b), k in zip(one.halves, one.keep)],
-            "unfit": self.task.unfit}))
+            "reliability": [saliency.reliability(a, b, k)
+                            for (a, b), k in zip(one.halves, one.keep)]}))
 
     # -- rollout and flow ----------------------------------------------------------------------
 
@@ -307,12 +318,8 @@ class _One:
         if not chosen:
             self.skip(f"{self.model.name} has one layer: its input is the input", "mixing")
             return
-        if self.task.unfit:
-            self.skip(self.task.unfit, "mixing", paper_number="52 to 75 % against about 50 %",
-                      paper_tag="secondary")
-            return
         gaps, own = [], []
-        for i, item in enumerate(self.task.items[: self.settings.pick(10, tiny=4)]):
+        for i, item in enumerate(self.task.items[: self.settings.pick(10, tiny=5)]):
             keep, rows = one.keep[i], attention[i][:, : len(one.keep[i])]
             pairs = [[saliency.correlations(rows[layer], target, keep) for target in (
                 saliency.gradients(self.model, item, layer=layer), one.importance["gradient_input"][i])]
@@ -363,8 +370,6 @@ class _One:
         figures.flags(points)
 
     def _unfit_for_flags(self) -> str:
-        if self.task.unfit:
-            return self.task.unfit
         if self.model.kind == "encoder" or self.task.name == "similarity":
             return f"{self.model.name} is an encoder: no single row predicts"
         return ""

@@ -42,7 +42,9 @@ def test_a_random_model_shows_what_is_mathematics_and_nothing_else(tiny, tmp_pat
         assert found[attention_flow.RELEASED].measured == 0
     tasks = [claim for s, claim in found.items() if s not in MATHEMATICS]
     assert len(tasks) > 25 and all(claim.reason for claim in tasks)
-    assert any("first guess has a probability of 0.0" in claim.reason for claim in tasks)
+    # A random Gemma repeats the last token, whatever stands before it.
+    why = "before its last token changes" if architecture == "gemma2" else "a probability of 0.0"
+    assert any(why in claim.reason for claim in tasks)
 
 
 def test_an_encoder_without_words_finds_no_partner(tiny, tmp_path):
