@@ -130,7 +130,7 @@ class _One:
 
     def __init__(self, model: Model, settings: Settings, out: Output) -> None:
         self.model, self.settings, self.out = model, settings, out
-        self.count = settings.pick(16, tiny=6)
+        self.count = settings.pick(16, tiny=5)
         step = -(-(model.n_layers - 1) // MOST_LAYERS)
         self.layers = list(range(1, model.n_layers, max(1, step)))
         self.skipped: dict[str, str] = {}
