@@ -20,6 +20,7 @@ import torch
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from interp.causal.context_mean import REPLACEMENTS, ContextMeans
@@ -401,6 +402,7 @@ def draw(found: Result, ax: Axes) -> Axes:
         ax.plot(found["layer"], curve, "-o" if name == "cama" else "--", label=name.replace("_", " "),
                 color=CYCLE[number % len(CYCLE)], zorder=3 if name == "cama" else 2)
     ax.axhline(found.manifest["threshold"], color=color("control"), linewidth=0.8, linestyle=":")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("layer entered")
     ax.set_ylabel("faithfulness (share)")
     ax.set_ylim(-0.03, 1.05)
