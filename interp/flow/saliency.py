@@ -106,11 +106,18 @@ def correlations(
     if known.sum() < 3 or np.ptp(target) == 0:
         return np.full(rows.shape[:-1], np.nan)
     if method == "spearman":
-        rows, target = stats.rankdata(rows, axis=-1), stats.rankdata(target)
+        rows, target = stats.rankdata(_rounded(rows), axis=-1), stats.rankdata(_rounded(target))
     rows, target = rows - rows.mean(-1, keepdims=True), target - target.mean()
     size = np.sqrt((rows**2).sum(-1) * (target**2).sum())
     return np.where(size > 0, (rows * target).sum(-1) / np.where(size > 0, size, 1.0),
                     np.where(np.isnan(size), np.nan, 0.0))
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """Nine significant digits, so that equal numbers with other rounding errors are ties."""
+    size = np.abs(values)
+    digits = 10.0 ** np.floor(np.log10(np.where(size > 0, size, 1.0)))
+    return np.round(values / digits, 8) * digits
 
 
 def reliability(

@@ -11,6 +11,7 @@ from scipy import stats
 from interp.core import Prompt, PromptError, block
 from interp.core.errors import NumericalError, OutOfRange
 from interp.flow import saliency
+from interp.flow.rollout import rollout, uniform
 from interp.flow.saliency import (
     Contrast,
     blank_out,
@@ -253,6 +254,16 @@ def test_correlations_are_those_of_scipy():
     assert np.isnan(correlations(rows, target, np.arange(9) < 2)).all()
     rows[1, 1, 3] = np.nan
     assert np.isnan(correlations(rows, target)[1, 1])
+
+
+def test_rounding_errors_are_no_ranks():
+    """Even attention without a mask rolls out evenly, up to rounding: it says nothing."""
+    even = rollout(uniform(torch.ones(6, 11, 11)))[:, 4].numpy()[:, np.arange(11) != 4]
+    assert np.ptp(even[-1]) > 0 or np.ptp(even[2]) > 0  # there is rounding error
+    assert (correlations(even, np.random.default_rng(0).random(10)) == 0).all()
+    # What differs in the eighth digit is still told apart, however small it is.
+    small = 1e-12 * (1 + 1e-7 * np.arange(10.0))
+    assert correlations(small, np.arange(10.0)) == pytest.approx(1)
 
 
 def test_reliability_is_that_of_the_whole_map():
