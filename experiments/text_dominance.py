@@ -146,11 +146,11 @@ class _One:
         self.right = right
         own = questions.is_looker(model)
         text = "describe the picture ." if own else "Describe this image."
-        self.steps = settings.pick(6 if own else 16, tiny=3)
+        self.steps = settings.pick(4 if own else 16, tiny=3)
 
         def described(times: int) -> list[Prompt]:
             return [model.prompt(text, images=[one.picture] * times, chat=questions.has_chat(model))
-                    for one in self.asked[: settings.pick(16, tiny=6)]]
+                    for one in self.asked[: settings.pick(10, tiny=6)]]
 
         self.described = described(1)
         full = self._mdi(self.described, sinks=self._sinks(self.described))
@@ -309,7 +309,7 @@ class _One:
             self.skip(str(error), "compression", "useful")
             self.no_figure("compression", str(error))
             return
-        cuts, seeds = settings.pick((0.5, 0.75, 0.9, 0.95), tiny=(0.75, 0.9)), settings.pick(3, tiny=2)
+        cuts, seeds = settings.pick((0.75, 0.9, 0.95), tiny=(0.75, 0.9)), settings.pick(3, tiny=2)
 
         def keep(prompts: Sequence[Prompt], cut: float, seed: Optional[int]) -> list[tuple[int, ...]]:
             rng = np.random.default_rng([settings.seed, 7, seed or 0])

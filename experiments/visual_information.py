@@ -154,7 +154,7 @@ class _One:
         self.skip("looker's language holds no facts beyond the picture" if questions.is_looker(model)
                   else "pictures of known entities, with facts about them, are not bundled",
                   "shown", "crossing", "patching")
-        self.all = flow.shown(model, settings.pick(24, tiny=6), settings.rng(1))
+        self.all = flow.shown(model, settings.pick(20, tiny=6), settings.rng(1))
         self.prompts = [one.prompt for one in self.all]
         self.answers = [list(one.asked.answer) for one in self.all]
         self.out.record(model, self.prompts, f"objects-{model.name}")
@@ -429,7 +429,7 @@ class _One:
     # -- knockout ---------------------------------------------------------------------------------
 
     def _windows(self) -> None:
-        some = self.right[: self.settings.pick(16, tiny=6)]
+        some = self.right[: self.settings.pick(16, tiny=5)]
         seeds = self.settings.pick(3, tiny=2)
         marked = [_marked(one, seeds) for one in some]
         answers = [one.asked.answer[0] for one in some]
@@ -501,7 +501,7 @@ class _One:
                 for s in found["segment"].values}
 
     def _hops(self) -> None:
-        some = self.right[: self.settings.pick(16, tiny=6)]
+        some = self.right[: self.settings.pick(12, tiny=5)]
         marked, answers = [_marked(one, 1) for one in some], [one.asked.answer[0] for one in some]
         n = self.model.n_layers
         width = max(1, round(n * 9 / 48))
