@@ -123,7 +123,7 @@ class ContextMeans:
             # As often as the pool has the token there.
             drawn = [torch.from_numpy(rng.choice(
                 np.arange(int(a), int(b)), len(prompts),
-                p=(self.count[a:b] / self.count[a:b].sum()).double().numpy()))
+                p=(self.count[a:b].double() / self.count[a:b].sum()).numpy()))
                 for a, b in zip(starts[:-1], starts[1:])]
             cells = torch.stack(drawn, 1)
         elif by != "cama_resample":
