@@ -55,7 +55,7 @@ class Task:
 
 def tasks(model: Model, settings: Settings) -> list[Task]:
     """What a model is asked. At most 32 tokens per prompt, since flow is one problem per input."""
-    count, rng = settings.pick(20, tiny=5), settings.rng(1)
+    count, rng = settings.pick(16, tiny=5), settings.rng(1)
     headless = not model.run(Prompt(tuple(model._probe())), logits="last").logits
     if _texts.knows(model, reader):
         made = [_needles(count, rng), _copies(count, rng)][: settings.pick(2, tiny=1)]

@@ -108,9 +108,9 @@ def run(settings: Settings, out: Output) -> None:
             out.claim(Claim.untestable(SENTIMENT, FLOW, str(error)), name)
             continue
         _general(model, settings, out)
-        for task in relevant.tasks(model, settings):
+        for number, task in enumerate(relevant.tasks(model, settings)):
             out.record(model, [item.prompt for item in task.items], f"{task.name}-{model.name}")
-            _One(model, task, settings, out).run()
+            _One(model, task, settings, out).run(examples=number == 0)
     _planted(settings, out)
 
 
@@ -173,29 +173,32 @@ class _One:
             **estimate.for_claim(), "null": 0.0, **number, **more, "details": details,
             "causal": key in CAUSAL}), self.model.name)
 
-    def run(self) -> None:
+    def run(self, examples: bool = True) -> None:
+        """All of it; with `examples` also the figures of single prompts."""
         one = relevant.relevance(self.model, self.task)
         figures = Figures(self.model, self.task, self.out)
-        figures.maps()
-        figures.first(one)
+        if examples:
+            figures.maps()
+            figures.first(one)
         self._mask(one)
         if self.task.unfit:
-            self._give_up()
+            self._give_up(examples)
             return
         # Kept for all targets: the curves, and every claim.
         rho = {(kind, target): one.rho(kind, target) for kind in one.rows for target in TARGETS}
         self._save(one, rho)
-        figures.tokens(one)
         figures.correlation(rho)
-        figures.saliency(one)
+        if examples:
+            figures.tokens(one)
+            figures.saliency(one)
         self._compare(one, rho)
         heads, means = self._agreement(one)
         figures.agreement(heads, means)
         self._flags(one, figures)
 
-    def _give_up(self) -> None:
+    def _give_up(self, examples: bool) -> None:
         """No claim on what an answer depends on that the model does not give."""
-        for figure in ("tokens", "correlation", "agreement", "saliency", "flags"):
+        for figure in ("correlation", "agreement", "flags", *(("tokens", "saliency") * examples)):
             self.out.no_figure(figure, self.task.unfit, of=self.of)
         for key, (text, _) in SENTENCES.items():
             several = TARGETS if key in ("rollout", "flow") else BOTH
