@@ -429,7 +429,7 @@ class _One:
     # -- knockout ---------------------------------------------------------------------------------
 
     def _windows(self) -> None:
-        some = self.right[: self.settings.pick(16, tiny=5)]
+        some = self.right[: self.settings.pick(12, tiny=5)]
         seeds = self.settings.pick(3, tiny=2)
         marked = [_marked(one, seeds) for one in some]
         answers = [one.asked.answer[0] for one in some]
