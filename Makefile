@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OUT    ?= figures
+JOBS   ?= $(shell nproc 2>/dev/null || echo 1)
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -25,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 figures: $(STAMP)  ## every figure and claim, from the bundled models, and where they are
-	$(BIN)/python -m experiments run all --out $(OUT); status=$$?; \
+	$(BIN)/python -m experiments run all --out $(OUT) --jobs $(JOBS); status=$$?; \
 	  $(BIN)/python -m experiments report --out $(OUT) && exit $$status
 
 report: $(STAMP)  ## one HTML page from the figures that are there

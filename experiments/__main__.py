@@ -1,8 +1,11 @@
 """The command line: `python -m experiments list`, `run PAPER...`, `report`."""
 
 import os
+import subprocess
 import sys
 import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -87,6 +90,8 @@ def run(
         help="Only this figure; may be repeated.")] = None,
     device: Annotated[Optional[str], typer.Option(help="cpu, mps, cuda or cuda:NUMBER.")] = None,
     dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16.")] = None,
+    jobs: Annotated[int, typer.Option(
+        min=1, help="Experiments that run at a time, each in a process of its own.")] = 1,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Run experiments: draw the figures, save the data, and compute the verdict of every claim."""
@@ -100,6 +105,21 @@ def run(
         raise typer.Exit(2) from None
     failed = [name for name, experiment in chosen.items() if experiment is None]
     done: list[Outcome] = []
+    if jobs > 1 and len(chosen) > 1:
+        wanted = [name for name, experiment in chosen.items() if experiment is not None]
+        options = ["--out", str(settings.out), "--seed", str(seed)]
+        for option, values in (("--model", model), ("--figure", figure)):
+            options += [word for value in values or () for word in (option, value)]
+        for option, value in (("--device", device), ("--dtype", dtype)):
+            options += [] if value is None else [option, value]
+        for option, given in (("--tiny", tiny), ("--train", train), ("--debug", debug)):
+            options += [option] * given
+        for name, outcome in _side_by_side(wanted, options, settings.out, jobs):
+            if outcome is None:
+                failed.append(name)
+            else:
+                done.append(outcome)
+        chosen, done = {}, sorted(done, key=lambda outcome: wanted.index(outcome.key))
     for i, (name, experiment) in enumerate(chosen.items(), 1):
         if experiment is None:
             continue
@@ -117,6 +137,41 @@ def run(
     if failed:
         typer.echo(f"Failed: {', '.join(failed)}.", err=True)
         raise typer.Exit(1)
+
+
+def _side_by_side(
+    wanted: Sequence[str], options: Sequence[str], out: Path, jobs: int
+) -> Iterator[tuple[str, Optional[Outcome]]]:
+    """Run every experiment in a process of its own; gives results as they are ready.
+
+    What a process prints is shown when it has failed. Ctrl-C ends all of them.
+    """
+    running: list[subprocess.Popen] = []
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+
+    def one(name: str) -> tuple[str, int, str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "experiments", "run", name, *options],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)})
+        running.append(process)
+        said, _ = process.communicate()
+        return name, process.returncode, said
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            tasks = [pool.submit(one, name) for name in wanted]
+            for number, task in enumerate(as_completed(tasks), 1):
+                name, code, said = task.result()
+                typer.echo(f"[{number}/{len(wanted)}] {name}: {'failed' if code else 'done'}", err=True)
+                if code:
+                    typer.echo(said, err=True)
+                yield name, None if code else Outcome.load(out / name)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.terminate()
+            raise
 
 
 def _place(model: Optional[list[str]], tiny: bool, figure: Optional[list[str]]) -> Path:

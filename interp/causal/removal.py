@@ -106,7 +106,8 @@ class Removal:
         """
         number = int(layer)
         variants = [tuple(sorted({int(p) for p in one})) for one in kept]
-        outside = [p for one in variants for p in one if p not in self.places]
+        removable = set(self.places)
+        outside = [p for one in variants for p in one if p not in removable]
         if outside:
             raise OutOfRange(f"position {outside[0]} is to be kept, but is not removable.")
         found: list[Any] = [None] * len(variants)

@@ -65,6 +65,24 @@ def test_run_all_runs_every_experiment_once(lab, call, tmp_path):
     assert sorted(p.name for p in (tmp_path / "here").iterdir()) == ["alpha", "beta"]
 
 
+def test_experiments_run_side_by_side_with_the_same_options(call, tmp_path):
+    """Two real ones in two processes; the claims in the order that was asked for."""
+    asked = ("all_for_one", "causal_mask_position")
+    found = call("run", *asked, "--tiny", "--jobs", 2, "--out", tmp_path / "two", "--seed", 2)
+    assert found.exit_code == 0, found.output
+    assert found.stdout.index("all_for_one: claims") < found.stdout.index("causal_mask_position: claims")
+    for name in asked:
+        manifest = Outcome.load(tmp_path / "two" / name).manifest
+        assert manifest["seed"] == 2 and manifest["settings"]["tiny"]
+
+
+def test_what_fails_beside_others_is_shown(call, tmp_path):
+    found = call("run", "causal_mask_position", "ocr_heads", "--tiny", "--jobs", 2, "--model",
+                 "no-such-model", "--out", tmp_path)
+    assert found.exit_code == 1
+    assert "ocr_heads: failed" in found.stderr and "no-such-model" in found.stderr
+
+
 @pytest.mark.parametrize("words, sentence", [
     (["aleph"], "there is no experiment 'aleph'; there are: alpha, or all."),
     (["alpha", "--figure", "sizes"], "there is no figure 'sizes' in alpha; there are: heads, lev"),
