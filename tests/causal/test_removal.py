@@ -59,7 +59,8 @@ def test_replacing_is_patching_what_enters_the_block(opened, architecture):
     pool = [prompt(seed) for seed in range(1, 4)]
     mean = mean_states(model, pool)
     own = np.random.default_rng(0).standard_normal((model.n_layers, N, model.d_model))
-    cases = {"replace_mean": (mean, lambda p: mean[layer]), "replace_cama": (own, lambda p: own[layer, p])}
+    cases = {"replace_mean": (mean, lambda p: mean[layer]),
+             "replace_cama": (own, lambda p: own[layer, p])}
     for how, (states, value) in cases.items():
         found = Removal(model, given, "image", how, states=states).logits(layer, KEPT, batch_size=3)
         for kept, logits in zip(KEPT, found):
