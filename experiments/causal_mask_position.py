@@ -148,6 +148,7 @@ def _draw_parameter_free(scores: Mapping[float, Any], rows: np.ndarray, out: Out
                       label="score" if column == 2 else "")
             for text in list(ax.texts):
                 text.remove()
+            _few_ticks(ax, N)
             ax.set_title(f"layer {row + 1}, mean cosine {alpha:g}")
     out.figure("recursion", figure)
     figure, ax = canvas(1, 1, width=PAGE * 0.55, height=2.4)
@@ -155,6 +156,12 @@ def _draw_parameter_free(scores: Mapping[float, Any], rows: np.ndarray, out: Out
                      label="share of rows that never fall")
     ax.set_ylim(0, 1.05)
     out.figure("rows", figure)
+
+
+def _few_ticks(ax: Any, n: int) -> None:
+    marks = sorted({0, n // 2, n - 1})
+    ax.set_xticks(marks, [str(mark) for mark in marks])
+    ax.set_yticks(marks, [str(mark) for mark in marks])
 
 
 # -- in a model -----------------------------------------------------------------------------------
@@ -303,6 +310,7 @@ class _One:
             causal_mask.draw(found, ax, layer)
             ax.set_title(f"layer {layer}")
             ax.set_ylabel("query" if layer == layers[0] else "")
+            _few_ticks(ax, self.length)
         figure.suptitle(name)
         self.out.figure("residual", figure, of=name)
 
@@ -323,6 +331,7 @@ class _One:
         for ax, (key, one) in zip(axes[0], shown.items()):
             layer = int(min(2, one["layer"].values[-1]))
             nope_adjacency.draw(one, ax, layer)
+            _few_ticks(ax, one.data.sizes["key"])
             ax.set_title(f"{key.replace(', no positions', '')} (layer {layer})")
         figure.suptitle(name)
         self.out.figure("cosine", figure, of=name)
