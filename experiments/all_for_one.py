@@ -170,7 +170,7 @@ class _One:
         ax.bar(len(layers) + 0.5, whole[0], color=CYCLE[1], width=0.6)
         ax.bar(len(layers) + 1.5, whole[1], color=color("control"), width=0.6)
         ax.set_xticks([*range(len(layers)), len(layers) + 0.5, len(layers) + 1.5],
-                      [*map(str, layers), "whole model,\nthese", "whole model,\nothers"])
+                      [*map(str, layers), "whole\nmodel,\nthese", "whole\nmodel,\nothers"])
         ax.set_ylim(0, 1.05)
         ax.set_xlabel("layer without reading")
         ax.set_ylabel("faithfulness (share)")
