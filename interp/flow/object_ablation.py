@@ -23,7 +23,7 @@ from interp.causal.sweep import evaluate
 from interp.core import OutOfRange, Prompt, PromptError, Result, Segment, each, patch
 from interp.core.prompt import Where
 from interp.figures.style import color, style
-from interp.models.embedding_gradients import embedding_gradient
+from interp.models.input_gradients import embedding_gradient
 from interp.models.model import Model
 
 Substitution = str

@@ -7,7 +7,7 @@ import torch
 import interp
 from interp.core import OutOfRange, Prompt, PromptError, Segment
 from interp.flow import object_ablation
-from interp.models.embedding_gradients import embedding_gradient
+from interp.models.input_gradients import embedding_gradient
 from interp.models.model import Model
 
 # -- sets ----------------------------------------------------------------------------------------
