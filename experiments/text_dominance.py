@@ -12,13 +12,11 @@ from experiments import _picture_questions as questions
 from experiments import _visual_flow as flow
 from experiments._output import Output
 from experiments._paper import Paper, Settings
+from experiments._subject import Subject, run_each
 from interp.causal.metrics import AnswerAccuracy
 from interp.core import (
-    Claim,
-    ModelNotFound,
     ModelRefused,
     Prompt,
-    PromptError,
     Result,
     Segment,
     block,
@@ -77,60 +75,11 @@ SINK = 0.3
 
 
 def run(settings: Settings, out: Output) -> None:
-    for name in settings.models(PAPER):
-        try:
-            model = questions.open_subject(name, settings)
-        except ModelNotFound:
-            if settings.model is not None:
-                raise
-            continue
-        out.record(model)
-        one = _One(model, settings, out)
-        reason = questions.unfit(model)
-        if reason:
-            one.give_up(reason.replace(", so it has no such heads", ""))
-            continue
-        try:
-            one.run()
-        except PromptError as error:
-            one.give_up(str(error))
+    run_each(_One, settings, out)
 
 
-class _One:
-    """Everything about one model."""
-
-    def __init__(self, model: Any, settings: Settings, out: Output) -> None:
-        self.model, self.settings, self.out = model, settings, out
-        self.told: set[str] = set()
-        self.drawn: set[str] = set()
-
-    def claim(self, key: str, estimate: Any, **more: Any) -> None:
-        self.told.add(key)
-        sentence, source = CLAIMS[key]
-        self.out.claim(Claim(sentence, source, **{
-            **estimate.for_claim(), **_number(key), **more}), self.model.name)
-
-    def skip(self, reason: str, *keys: str) -> None:
-        for key in keys:
-            self.told.add(key)
-            sentence, source = CLAIMS[key]
-            self.out.claim(Claim.untestable(sentence, source, reason, **_number(key)),
-                           self.model.name)
-
-    def wants(self, name: str) -> bool:
-        self.drawn.add(name)
-        return self.out.wants(name)
-
-    def no_figure(self, name: str, reason: str) -> None:
-        self.drawn.add(name)
-        self.out.no_figure(name, reason, of=self.model.name)
-
-    def give_up(self, reason: str) -> None:
-        """The rest cannot be told."""
-        self.skip(reason, *(key for key in CLAIMS if key not in self.told))
-        for name in PAPER.figures:
-            if name not in self.drawn:
-                self.no_figure(name, reason)
+class _One(Subject):
+    paper, claims, numbers = PAPER, CLAIMS, NUMBERS
 
     def run(self) -> None:
         model, settings = self.model, self.settings
@@ -486,10 +435,3 @@ def _with_later(prompt: Prompt) -> Prompt:
     first = max(prompt.positions("image")) + 1
     return prompt.with_segments(**{"behind the image": Segment(
         "behind the image", tuple(range(first, len(prompt))), "set")})
-
-
-def _number(key: str) -> dict[str, str]:
-    if key not in NUMBERS:
-        return {}
-    number, tag = NUMBERS[key]
-    return {"paper_number": number, "paper_tag": tag}

@@ -13,9 +13,10 @@ from experiments import _picture_questions as questions
 from experiments import _visual_flow as flow
 from experiments._output import Output
 from experiments._paper import Paper, Settings
+from experiments._subject import Subject, run_each
 from experiments._visual_flow import Shown
 from interp.causal.metrics import AnswerAccuracy
-from interp.core import Claim, ModelNotFound, Prompt, PromptError, Result, Segment, statistics
+from interp.core import Prompt, Result, Segment, statistics
 from interp.figures import image_overlay, layer_curve
 from interp.figures.style import PAGE, canvas, color
 from interp.flow import knockout, object_ablation, visual_lens
@@ -92,60 +93,11 @@ TOLERANCE = 0.05
 
 
 def run(settings: Settings, out: Output) -> None:
-    for name in settings.models(PAPER):
-        try:
-            model = questions.open_subject(name, settings)
-        except ModelNotFound:
-            if settings.model is not None:
-                raise
-            continue
-        out.record(model)
-        one = _One(model, settings, out)
-        reason = questions.unfit(model)
-        if reason:
-            one.give_up(reason.replace(", so it has no such heads", ""))
-            continue
-        try:
-            one.run()
-        except PromptError as error:
-            one.give_up(str(error))
+    run_each(_One, settings, out)
 
 
-class _One:
-    """Everything about one model."""
-
-    def __init__(self, model: Any, settings: Settings, out: Output) -> None:
-        self.model, self.settings, self.out = model, settings, out
-        self.told: set[str] = set()
-        self.drawn: set[str] = set()
-
-    def claim(self, key: str, estimate: Any, **more: Any) -> None:
-        self.told.add(key)
-        sentence, source = CLAIMS[key]
-        self.out.claim(Claim(sentence, source, **{
-            **estimate.for_claim(), **_number(key), **more}), self.model.name)
-
-    def skip(self, reason: str, *keys: str) -> None:
-        for key in keys:
-            self.told.add(key)
-            sentence, source = CLAIMS[key]
-            self.out.claim(Claim.untestable(sentence, source, reason, **_number(key)),
-                           self.model.name)
-
-    def wants(self, name: str) -> bool:
-        self.drawn.add(name)
-        return self.out.wants(name)
-
-    def figure(self, name: str, figure: Any) -> None:
-        self.out.figure(name, figure, of=self.model.name)
-
-    def give_up(self, reason: str) -> None:
-        """The rest cannot be told."""
-        self.skip(reason, *(key for key in CLAIMS if key not in self.told))
-        for name in PAPER.figures:
-            if name not in self.drawn:
-                self.drawn.add(name)
-                self.out.no_figure(name, reason, of=self.model.name)
+class _One(Subject):
+    paper, claims, numbers = PAPER, CLAIMS, NUMBERS
 
     def run(self) -> None:
         model, settings = self.model, self.settings
@@ -585,10 +537,3 @@ def _marked(one: Shown, seeds: int) -> Prompt:
     made = tuple(Segment(name, tuple(int(p) for p in places), "set")
                  for name, places in sets.items() if len(places))
     return replace(one.prompt, segments=kept + made)
-
-
-def _number(key: str) -> dict[str, str]:
-    if key not in NUMBERS:
-        return {}
-    number, tag = NUMBERS[key]
-    return {"paper_number": number, "paper_tag": tag}
