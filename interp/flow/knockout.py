@@ -13,7 +13,9 @@ from typing import Any, Optional, SupportsFloat, SupportsIndex, Union
 import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Float
 from matplotlib.axes import Axes
+from torch import Tensor
 
 from interp.core import OutOfRange, Prompt, PromptError, Result
 from interp.core.prompt import Where
@@ -139,6 +141,35 @@ def _cut(
         cut[number, 0, :, list(keys)] = from_[first:, None]
     edges = {"blocked" if renormalize else "zeroed": lambda layer: cut if layer in span else None}
     return resumable.replay(span.start, rows, context=torch.arange(first), **edges).float()
+
+
+def single_layer(
+    weights: Float[Tensor, "head key"], values: Float[Tensor, "head key d_head"],
+    keys: Sequence[SupportsIndex],
+) -> tuple[Float[Tensor, "head d_head"], Float[Tensor, "head d_head"]]:
+    """What heads put out when a row loses some keys: renormalized, and with the weights at zero.
+
+    Example:
+        >>> weights = torch.tensor([[0.5, 0.25, 0.25]])
+        >>> values = torch.tensor([[[1.0], [2.0], [4.0]]])
+        >>> single_layer(weights, values, [0])
+        (tensor([[3.]]), tensor([[1.5000]]))
+
+    With mass m and output o_B on the keys B, the row's output o becomes o - o_B with the weights at
+    zero and (o - o_B) / (1 - m) when the rest is renormalized: both follow from one pass, exactly, for
+    one layer (the first of a window), also where a learned sink logit takes a part of the row. A head
+    with all of its mass on the keys has no renormalized output: NaN.
+
+    Args:
+        values: of the keys, for query heads (grouped ones repeated).
+
+    Source: algebra of the softmax (flow.md, E7).
+    """
+    chosen = [int(key) for key in keys]
+    lost = torch.einsum("hk,hkd->hd", weights[:, chosen], values[:, chosen])
+    zeroed = torch.einsum("hk,hkd->hd", weights, values) - lost
+    left = 1 - weights[:, chosen].sum(1, keepdim=True)
+    return torch.where(left > 1e-6, zeroed / left, torch.nan), zeroed
 
 
 def random_keys(

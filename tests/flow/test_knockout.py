@@ -62,6 +62,28 @@ def test_zeroed_weights_are_not_renormalized(opened):
     assert abs(cut["p"].item() - found["p"].item()) > 1e-7
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "gpt_oss"])
+def test_one_layer_follows_from_its_own_weights_and_values(opened, architecture):
+    """Both variants of a knockout in one layer, without running it (E7)."""
+    model, given = opened(architecture), prompts(1)[0]
+    base, last, keys, layer = model.resumable(given), torch.tensor([[N - 1]]), [0, 3, 8], 1
+    seen, plain = {}, {"v": [], "z": []}
+    base.replay(layer, last, context=torch.arange(N - 1), until=layer + 1, watch=seen.__setitem__)
+    base.replay(layer, torch.arange(N)[None], until=layer + 1, into=plain)
+    weights, values = seen[layer][0, :, 0], plain["v"][0][0].transpose(0, 1)
+    values = values.repeat_interleave(len(weights) // len(values), 0)
+    assert torch.allclose(torch.einsum("hk,hkd->hd", weights, values), plain["z"][0][0, -1], atol=1e-5)
+    cut = torch.zeros(1, 1, 1, N, dtype=torch.bool)
+    cut[..., keys] = True
+    for found, edit in zip(knockout.single_layer(weights, values, keys), ("blocked", "zeroed")):
+        held = {"z": []}
+        base.replay(layer, last, context=torch.arange(N - 1), until=layer + 1, into=held,
+                    **{edit: lambda _: cut})
+        assert torch.allclose(found, held["z"][0][0, 0], atol=1e-5)
+    nothing, _ = knockout.single_layer(weights, values, range(N))
+    assert architecture == "gpt_oss" or nothing.isnan().all()
+
+
 def test_a_planted_route_is_found_in_its_layer_and_random_keys_are_not(tiny):
     """Only block 1 lets attention write, and its weight is large: other blocks carry nothing."""
     hf = copy.deepcopy(tiny("llama"))
