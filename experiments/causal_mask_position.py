@@ -17,7 +17,7 @@ from experiments import _texts as texts
 from experiments._output import Output
 from experiments._paper import Paper, Settings
 from interp.core import Claim, ModelRefused, Prompt, PromptError, Result, statistics
-from interp.figures import heat, layer_curve
+from interp.figures import layer_curve
 from interp.figures.style import PAGE, canvas, color
 from interp.flow import causal_mask, nope_adjacency
 from interp.models.model import Model
@@ -143,12 +143,9 @@ def _draw_parameter_free(scores: Mapping[float, Any], rows: np.ndarray, out: Out
         for row in range(3):
             ax, matrix = axes[row, column], scores[alpha][row + 1].numpy().copy()
             matrix[hidden] = np.nan
-            heat.draw(ax, matrix, x="key" if row == 2 else "", y="query" if not column else "",
-                      upward=False, hatched="not below the diagonal",
-                      label="score" if column == 2 else "")
-            for text in list(ax.texts):
-                text.remove()
-            _few_ticks(ax, N)
+            causal_mask.draw_matrix(matrix, ax, label="score" if column == 2 else "")
+            ax.set_xlabel("key" if row == 2 else "")
+            ax.set_ylabel("query" if not column else "")
             ax.set_title(f"layer {row + 1}, mean cosine {alpha:g}")
     out.figure("recursion", figure)
     figure, ax = canvas(1, 1, width=PAGE * 0.55, height=2.4)
@@ -310,7 +307,6 @@ class _One:
             causal_mask.draw(found, ax, layer)
             ax.set_title(f"layer {layer}")
             ax.set_ylabel("query" if layer == layers[0] else "")
-            _few_ticks(ax, self.length)
         figure.suptitle(name)
         self.out.figure("residual", figure, of=name)
 

@@ -240,7 +240,8 @@ class _One:
                 label=["bridge at the entity", "answer at the last position"])
         ax.set_xlabel("first block whose state says it")
         ax.set_ylabel("questions")
-        ax.legend()
+        ax.set_ylim(0, 1.4 * len(blocks))  # room for the legend
+        ax.legend(loc="upper right")
         ax.set_title(f"{model.name} ({len(blocks)} questions)")
         self.out.figure("earliest", figure, of=model.name)
 

@@ -162,6 +162,8 @@ class _One:
                             range(asked[0].count)]).T
         layer_curve.draw(axes[1], {"gold document": by_slot}, along="slot",
                          label="log p(answer) (nats per token)")
+        for ax in axes:
+            ax.xaxis.get_major_locator().set_params(integer=True)
         figure.suptitle(model.name)
         out.figure("basin", figure, of=model.name)
 
@@ -322,7 +324,7 @@ class _One:
             self.claim("scaling", reason=self.mute)
             out.no_figure("scaling", self.mute, of=model.name)
             return
-        half = min(self.settings.pick(10, tiny=5), len(self.asked) // 2)
+        half = min(self.settings.pick(8, tiny=5), len(self.asked) // 2)
         order = self.settings.rng(4).permutation(len(self.asked))
         parts = [[self.asked[i] for i in order[:half]], [self.asked[i] for i in order[half:2 * half]]]
         free = [c for c in range(model.d_model) if c not in chosen]
@@ -374,8 +376,8 @@ class _One:
 
     def _orders(self) -> None:
         model, out = self.model, self.out
-        some = self.asked[: self.settings.pick(8, tiny=5)]
-        most = self.settings.pick(6, tiny=3)
+        some = self.asked[: self.settings.pick(6, tiny=5)]
+        most = self.settings.pick(5, tiny=3)
         self.claim("pine", reason="sorting documents anew for every query document, head and layer is "
                    "not built; documents that do not see each other stand in for it")
         try:

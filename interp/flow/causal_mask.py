@@ -20,8 +20,7 @@ from torch import Tensor
 
 from interp.core import NumericalError, OutOfRange, Prompt, PromptError, Result
 from interp.core.statistics import Estimate, bootstrap
-from interp.figures import heat
-from interp.figures.style import note
+from interp.figures.style import DIVERGING, PALE, SEQUENTIAL, note, style
 from interp.models.model import Model
 
 LONGEST = 1024
@@ -366,11 +365,30 @@ def _repeated(product: np.ndarray, rows: np.ndarray) -> float:
     return float(common / total) if total > 0 else float("nan")
 
 
+@style()
+def draw_matrix(
+    matrix: Float[np.ndarray, "query key"], ax: Axes, *, label: str = "", signed: bool = False
+) -> Axes:
+    """A score matrix, gray where it has no value (NaN)."""
+    # Half of it is hidden by the mask: thousands of hatched cells would say no more than gray does.
+    shown = np.ma.masked_invalid(matrix)
+    reach = float(np.abs(shown).max()) or 1.0
+    limits = {"vmin": -reach, "vmax": reach, "cmap": DIVERGING} if signed else {"cmap": SEQUENTIAL}
+    image = ax.imshow(shown, interpolation="nearest", aspect="auto", **limits)
+    ax.set_facecolor(PALE)
+    marks = sorted({0, len(matrix) // 2, len(matrix) - 1})
+    ax.set_xticks(marks, [str(mark) for mark in marks])
+    ax.set_yticks(marks, [str(mark) for mark in marks])
+    ax.set_xlabel("key")
+    ax.set_ylabel("query")
+    ax.figure.colorbar(image, ax=ax, label=label, pad=0.02)
+    return ax
+
+
 def draw(found: Result, ax: Axes, layer: SupportsIndex) -> Axes:
-    """The scores of one layer less the mean of every diagonal."""
+    """The scores of one layer less the mean of every diagonal; gray where they do not count."""
     one = found.data.sel(layer=int(layer))
-    heat.draw(ax, one["residual"].drop_vars("layer"), x="key", y="query", signed=True,
-              label="score less diagonal mean", upward=False, hatched="not counted")
+    draw_matrix(one["residual"].values, ax, label="score less diagonal mean", signed=True)
     note(ax, f"NR = {float(one['non_relative']):.2f}")
     return ax
 
