@@ -150,10 +150,7 @@ def _side_by_side(
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
 
     def one(name: str) -> tuple[str, int, str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "experiments", "run", name, *options],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)})
+        process = _start(["run", name, *options], threads)
         running.append(process)
         said, _ = process.communicate()
         return name, process.returncode, said
@@ -172,6 +169,14 @@ def _side_by_side(
             for process in running:
                 process.terminate()
             raise
+
+
+def _start(words: Sequence[str], threads: str) -> subprocess.Popen:
+    """This program once more, with other words; what it says is kept for the one who waits."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)})
 
 
 def _place(model: Optional[list[str]], tiny: bool, figure: Optional[list[str]]) -> Path:

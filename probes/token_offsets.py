@@ -69,7 +69,7 @@ def span_scores(
     outside = d1[:, None] + d2[:, None] + np.where(q > p, np.append(d2[1:], 0.0)[:, None], 0.0)
     terms = 1 + (known1[1:][None, :] - known1[:-1][:, None]) + (
         known2[1:][None, :] - known2[:-1][:, None])
-    scores = (np.nan_to_num(delta[0])[None, :] + inside - 2 * outside) / terms
+    scores = (np.nan_to_num(delta[0])[None, :] + inside - 2 * outside) / np.where(q >= p, terms, 1)
     return np.where(q >= p, scores, np.nan)
 
 

@@ -4,7 +4,7 @@ Every stream is a prompt with its own interventions and its own cache: the model
 picture, and a second view of it to decode against, say. Streams of equal shape share a pass.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Optional, SupportsIndex, Union
@@ -64,7 +64,7 @@ class Stepping:
                     return found
         raise SiteRefused(f"site {site!r} of stream {stream} is not read; name it when you start.")
 
-    def feed(self, tokens: Sequence[SupportsIndex]) -> Float[Tensor, "stream vocab"]:
+    def feed(self, tokens: Iterable[SupportsIndex]) -> Float[Tensor, "stream vocab"]:
         """Give every stream its next token; returns the new `logits`.
 
         Raises `OutOfRange` for a token that does not exist, `PromptError` past the last position.

@@ -1,6 +1,7 @@
 """The command line: what it prints, where it writes, and how it fails."""
 
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -65,22 +66,46 @@ def test_run_all_runs_every_experiment_once(lab, call, tmp_path):
     assert sorted(p.name for p in (tmp_path / "here").iterdir()) == ["alpha", "beta"]
 
 
-def test_experiments_run_side_by_side_with_the_same_options(call, tmp_path):
-    """Two real ones in two processes; the claims in the order that was asked for."""
-    asked = ("all_for_one", "causal_mask_position")
-    found = call("run", *asked, "--tiny", "--jobs", 2, "--out", tmp_path / "two", "--seed", 2)
-    assert found.exit_code == 0, found.output
-    assert found.stdout.index("all_for_one: claims") < found.stdout.index("causal_mask_position: claims")
-    for name in asked:
-        manifest = Outcome.load(tmp_path / "two" / name).manifest
-        assert manifest["seed"] == 2 and manifest["settings"]["tiny"]
-
-
-def test_what_fails_beside_others_is_shown(call, tmp_path):
-    found = call("run", "causal_mask_position", "ocr_heads", "--tiny", "--jobs", 2, "--model",
-                 "no-such-model", "--out", tmp_path)
+def test_experiments_run_side_by_side_in_processes_of_their_own(call, tmp_path):
+    """Two real ones; both fail, and what each of them said is shown."""
+    found = call("run", "all_for_one", "ocr_heads", "--tiny", "--jobs", 2, "--out", tmp_path / "two",
+                 "--model", "no-such-model")
     assert found.exit_code == 1
-    assert "ocr_heads: failed" in found.stderr and "no-such-model" in found.stderr
+    assert all(f"{name}: failed" in found.stderr for name in ("all_for_one", "ocr_heads"))
+    assert found.stderr.count("no-such-model") >= 2
+
+
+def test_results_of_other_processes_are_shown_in_the_order_asked_for(
+    lab, call, tmp_path, monkeypatch
+):
+    """Threads stand in for the processes here; the experiment asked for last is ready first."""
+    lab.add("alpha")
+    lab.add("beta")
+    asked, alpha_is_ready = [], threading.Event()
+
+    class Process:
+        def __init__(self, words, threads):
+            self.words = words
+            asked.append(words)
+
+        def communicate(self):
+            name, self.returncode = self.words[1], 0
+            if name == "beta":
+                alpha_is_ready.wait(60)
+            settings = cli.Settings.of(out=tmp_path / "two", seed=3, tiny=True)
+            cli.execute(cli.load(name), settings)
+            if name == "alpha":
+                alpha_is_ready.set()
+            return "", None
+
+    monkeypatch.setattr(cli, "_start", Process)
+    found = call("run", "beta", "alpha", "--jobs", 2, "--seed", 3, "--tiny", "--out", tmp_path / "two")
+    assert found.exit_code == 0, found.output
+    assert found.stdout.index("beta: claims") < found.stdout.index("alpha: claims")
+    assert sorted(words[1] for words in asked) == ["alpha", "beta"]
+    for words in asked:
+        assert words[0] == "run" and {"--tiny", "3", str(tmp_path / "two")} <= set(words)
+        assert "--jobs" not in words
 
 
 @pytest.mark.parametrize("words, sentence", [

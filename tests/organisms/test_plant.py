@@ -493,8 +493,8 @@ def test_attract_is_refused_where_queries_are_normalized():
 @pytest.fixture(scope="module")
 def families():
     return {
-        rule: list(secondary_family(np.random.default_rng(2512), 50, rule))
-        for rule in ("official", "relative")
+        rule: list(secondary_family(np.random.default_rng(2512), count, rule))
+        for rule, count in (("official", 50), ("relative", 20))
     }
 
 
