@@ -503,13 +503,15 @@ def families():
 def test_the_detector_finds_planted_secondary_sinks_and_nothing_in_the_twins(families, rule):
     family = families[rule]
     measured = evaluate_secondary(lambda x: secondary.score(x, rule=rule), family)
-    assert measured["models"] == 50 and measured["sinks"] > 150
+    assert measured["models"] == len(family) and measured["sinks"] > 3 * len(family)
     assert measured["precision"] >= 0.95 and measured["recall"] >= 0.95
     assert measured["onset_exact"] >= 0.95 and measured["controls_clean"] >= 0.95
     # the family covers what it promises
     plants = [case.planted for case in family]
+    assert len(family) == {"official": 50, "relative": 20}[rule]
     assert len({p.layer for p in plants}) >= 5 and len({len(p.layers) for p in plants}) >= 5
-    assert {p.sign for p in plants} == {1, -1} and len({p.tokens for p in plants}) >= 45
+    assert {p.sign for p in plants} == {1, -1}
+    assert len({p.tokens for p in plants}) >= 0.9 * len(family)
     strengths = [case.strength for case in family]
     assert min(strengths) < 5 and max(strengths) > 30
     decoys = {decoy.split()[0] for case in family for decoy in case.decoys}
