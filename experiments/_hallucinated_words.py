@@ -5,7 +5,6 @@ saliency of what was said before (SGRS), and the cells that words are grounded i
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from experiments import _picture_questions as questions
 from experiments._named_objects import Described
 from experiments._output import Output
 from experiments._paper import Settings
+from experiments._subject import Subject
 from interp.causal import decoding
 from interp.causal.decoding import Decoded, decode
 from interp.core import statistics
@@ -26,19 +26,13 @@ from interp.models.stepping import unembed
 from interp.sinks.validation_gate import auroc
 
 
-class WordChecks:
-    """Claims about the words of greedy descriptions; `claim` and `skip` are the experiment's."""
+class WordChecks(Subject):
+    """Claims about the words of greedy descriptions."""
 
     def __init__(self, model: Model, settings: Settings, out: Output) -> None:
-        self.model, self.settings, self.out = model, settings, out
+        super().__init__(model, settings, out)
         # Every stream holds its own cache, so few at a time for a large model.
         self.batch = 32 if model.d_model * model.n_layers < 20_000 else 8
-
-    def claim(self, key: str, estimate: statistics.Estimate, **more: Any) -> None:
-        raise NotImplementedError
-
-    def skip(self, reason: str, *keys: str) -> None:
-        raise NotImplementedError
 
     def _words(self, told: Sequence[tuple[Described, Decoded]]) -> None:
         """Ranks, saliency and chosen cells of the words of greedy descriptions."""

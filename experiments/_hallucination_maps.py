@@ -15,36 +15,27 @@ from scipy import stats
 from experiments import _hallucination_figures as figures
 from experiments import _named_objects as cases
 from experiments import _picture_questions as questions
-from experiments._output import Output
 from experiments._picture_questions import Asked
+from experiments._subject import Subject
 from interp.causal import decoding
 from interp.causal.decoding import Method
 from interp.core import Prompt, UndertowError, statistics
 from interp.core.intervention import edit
 from interp.flow.contrastive_decoding import blind_tokens, outlier_tokens
 from interp.flow.visual_steering import PAINT
-from interp.models.model import Model
 from interp.sinks.validation_gate import auroc
 
 ERRORS = (UndertowError, ValueError)
 """How a method says that it cannot work on a model."""
 
 
-class MapChecks:
-    """Claims about image tokens; `claim`, `skip` and `_methods` are the experiment's."""
+class MapChecks(Subject):
+    """Claims about image tokens; `_methods` are the experiment's."""
 
-    model: Model
-    out: Output
     asked: list[Asked]
     plain: list[Asked]
     yes: int
     no: int
-
-    def claim(self, key: str, estimate: statistics.Estimate, **more: Any) -> None:
-        raise NotImplementedError
-
-    def skip(self, reason: str, *keys: str) -> None:
-        raise NotImplementedError
 
     def _methods(self, describing: bool, seed: Optional[int]) -> dict[str, Callable[[], Method]]:
         raise NotImplementedError

@@ -4,7 +4,7 @@
 scenes enlarged, with the way to answer spelled out, and passkeys in rendered text.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,9 +13,10 @@ from PIL import Image, ImageDraw
 
 import interp
 from experiments import visual_sinks
-from experiments._paper import Settings
+from experiments._output import Output
+from experiments._paper import Paper, Settings
 from interp.causal.metrics import AnswerLogProb
-from interp.core import Prompt, PromptError
+from interp.core import ModelNotFound, Prompt, PromptError
 from interp.heads import ocr
 from interp.models.model import Model
 from interp.organisms import looker
@@ -28,6 +29,9 @@ SCALE = 4
 SHORT = " Answer with one word."
 GENERAL = "what color is it ?"
 """A question that does not name the object."""
+
+NO_HEADS = ", so it has no such heads"
+"""What `subjects` adds for experiments on heads."""
 
 VARIANTS = ("plain", "outlined", "general")
 
@@ -56,10 +60,34 @@ def open_subject(name: str, settings: Settings) -> Model:
     return interp.open_model(name, **settings.opening())
 
 
-def unfit(model: Model) -> str:
+def subjects(
+    paper: Paper, settings: Settings, out: Output, give_up: Callable[[str, str], None],
+    so: str = "",
+) -> Iterator[Model]:
+    """The models of a run that can be asked about pictures; of the others `give_up` is told why.
+
+    `so` is what follows for an experiment from a model's having no image tokens.
+    """
+    for name in settings.models(paper):
+        try:
+            model = open_subject(name, settings)
+        except ModelNotFound as error:
+            if settings.model is not None:
+                raise
+            give_up(name, str(error))
+            continue
+        reason = unfit(model, so)
+        if reason:
+            out.record(model)
+            give_up(model.name, reason)
+            continue
+        yield model
+
+
+def unfit(model: Model, so: str = "") -> str:
     """Why a model cannot be asked about pictures, "" if it can."""
     if not model.has_images:
-        return f"{model.name} is a text model: it has no image tokens, so it has no such heads"
+        return f"{model.name} is a text model: it has no image tokens{so}"
     if model.processor is None:
         return f"{model.name} has no image processor here, so pictures cannot be given to it"
     if model.kind != "decoder":

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from experiments import _picture_questions as questions
 from experiments._output import Output
 from experiments._paper import Paper, Settings
-from interp.core import Claim, ModelNotFound, PromptError
+from interp.core import Claim, PromptError
 
 
 class Subject:
@@ -40,9 +40,7 @@ class Subject:
         """Claims that cannot be tested on this model."""
         for key in keys:
             self.told.add(key)
-            sentence, source = self.claims[key]
-            self.out.claim(Claim.untestable(sentence, source, reason, **self._number(key)),
-                           self.model.name)
+            self.out.claim(self._untestable(key, reason), self.model.name)
 
     def wants(self, name: str) -> bool:
         """Whether a figure is asked for; it counts as drawn then."""
@@ -65,28 +63,35 @@ class Subject:
             if name not in self.drawn:
                 self.no_figure(name, reason)
 
-    def _number(self, key: str) -> dict[str, str]:
-        if key not in self.numbers:
+    @classmethod
+    def refuse(cls, name: str, reason: str, out: Output) -> None:
+        """Nothing can be told of a model, which may not even be there."""
+        for key in cls.claims:
+            out.claim(cls._untestable(key, reason), name)
+        for figure in cls.paper.figures:
+            out.no_figure(figure, reason, of=name)
+
+    @classmethod
+    def _untestable(cls, key: str, reason: str) -> Claim:
+        sentence, source = cls.claims[key]
+        return Claim.untestable(sentence, source, reason, **cls._number(key))
+
+    @classmethod
+    def _number(cls, key: str) -> dict[str, str]:
+        if key not in cls.numbers:
             return {}
-        number, tag = self.numbers[key]
+        number, tag = cls.numbers[key]
         return {"paper_number": number, "paper_tag": tag}
 
 
 def run_each(subject: type[Subject], settings: Settings, out: Output) -> None:
     """Run an experiment on pictures for every model; one that does not fit says why, claim by claim."""
-    for name in settings.models(subject.paper):
-        try:
-            model = questions.open_subject(name, settings)
-        except ModelNotFound:
-            if settings.model is not None:
-                raise
-            continue
+    def give_up(name: str, reason: str) -> None:
+        subject.refuse(name, reason, out)
+
+    for model in questions.subjects(subject.paper, settings, out, give_up):
         out.record(model)
         one = subject(model, settings, out)
-        reason = questions.unfit(model)
-        if reason:
-            one.give_up(reason.replace(", so it has no such heads", ""))
-            continue
         try:
             one.run()
         except PromptError as error:

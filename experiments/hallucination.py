@@ -18,7 +18,7 @@ from experiments._hallucination_maps import ERRORS, MapChecks
 from experiments._output import Output
 from experiments._paper import Paper, Settings
 from interp.causal.decoding import Decoded, Method, decode
-from interp.core import Claim, ModelNotFound, Prompt, statistics
+from interp.core import Prompt, statistics
 from interp.flow.contrastive_decoding import DAMRO, IAVA, AvisC
 from interp.flow.revisit import ReVisiT
 from interp.flow.saliency_rejection import SGRS
@@ -102,36 +102,18 @@ NUMBERS = {"name_VISTA": ("about 40 % fewer hallucinations", "paper"),
 
 
 def run(settings: Settings, out: Output) -> None:
-    for name in settings.models(PAPER):
-        try:
-            model = questions.open_subject(name, settings)
-        except ModelNotFound as error:
-            if settings.model is not None:
-                raise
-            _give_up(name, str(error), out)
-            continue
+    def give_up(name: str, reason: str) -> None:
+        _One.refuse(name, reason, out)
+
+    for model in questions.subjects(PAPER, settings, out, give_up):
         out.record(model)
-        reason = questions.unfit(model)
-        if reason:
-            _give_up(model.name, reason.split(", so it has no such heads")[0], out)
-            continue
         _One(model, settings, out).run()
-
-
-def _claim_words(key: str) -> dict[str, Any]:
-    number, tag = NUMBERS.get(key, ("", "paper"))
-    return {"paper_number": number, "paper_tag": tag} if number else {}
-
-
-def _give_up(name: str, reason: str, out: Output) -> None:
-    for figure in PAPER.figures:
-        out.no_figure(figure, reason, of=name)
-    for key, (sentence, source) in SENTENCES.items():
-        out.claim(Claim.untestable(sentence, source, reason, **_claim_words(key)), name)
 
 
 class _One(MapChecks, WordChecks):
     """Everything about one model."""
+
+    paper, claims, numbers = PAPER, SENTENCES, NUMBERS
 
     def __init__(self, model: Model, settings: Settings, out: Output) -> None:
         super().__init__(model, settings, out)
@@ -146,19 +128,6 @@ class _One(MapChecks, WordChecks):
         out.record(prompts=asking, name=f"prompts-{model.name}")
         say = questions._spelling(model)
         self.yes, self.no = (questions._ids(model, say(word))[0] for word in ("yes", "no"))
-
-    # -- claims -----------------------------------------------------------------------------------
-
-    def claim(self, key: str, estimate: statistics.Estimate, **more: Any) -> None:
-        sentence, source = SENTENCES[key]
-        self.out.claim(Claim(sentence, source, **{**estimate.for_claim(), **_claim_words(key),
-                                                  **more}), self.model.name)
-
-    def skip(self, reason: str, *keys: str) -> None:
-        for key in keys:
-            sentence, source = SENTENCES[key]
-            self.out.claim(Claim.untestable(sentence, source, reason, **_claim_words(key)),
-                           self.model.name)
 
     # -- the run ----------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from experiments._isolation_cost import cost_of_map
 from experiments._output import Output
 from experiments._paper import Paper, Settings
 from interp.causal.removal import Removal, mean_states
-from interp.core import Claim, ModelNotFound, ModelRefused, Prompt, PromptError, Result, statistics
+from interp.core import Claim, ModelRefused, Prompt, PromptError, Result, statistics
 from interp.flow import horizon
 from interp.models.model import Model
 from interp.organisms import plant_horizon
@@ -84,19 +84,11 @@ PER_MODEL = tuple(key for key in SENTENCES if key not in ("stronger", "cost"))
 
 def run(settings: Settings, out: Output) -> None:
     depths: list[tuple[float, float]] = []
-    for name in settings.models(PAPER):
-        try:
-            model = questions.open_subject(name, settings)
-        except ModelNotFound as error:
-            if settings.model is not None:
-                raise
-            _give_up(name, str(error), out)
-            continue
-        reason = questions.unfit(model)
-        if reason:
-            out.record(model)
-            _give_up(model.name, reason, out)
-            continue
+
+    def give_up(name: str, reason: str) -> None:
+        _give_up(name, reason, out)
+
+    for model in questions.subjects(PAPER, settings, out, give_up, questions.NO_HEADS):
         try:
             depths += _One(model, settings, out).run()
         except (PromptError, ModelRefused) as error:

@@ -20,7 +20,7 @@ from interp.causal.controls import random_heads
 from interp.causal.metrics import AnswerAccuracy, AnswerLogProb
 from interp.causal.redistribute import ocr_sink_redistribution
 from interp.causal.sweep import ablation_sweep, difference
-from interp.core import Claim, Head, HeadScores, ModelNotFound, PromptError, Result, statistics
+from interp.core import Claim, Head, HeadScores, PromptError, Result, statistics
 from interp.figures import head_grid, heat
 from interp.figures.style import CYCLE, PAGE, canvas, color
 from interp.heads import image_centric, ocr, visual
@@ -80,19 +80,10 @@ NOTHING = 0.01
 
 
 def run(settings: Settings, out: Output) -> None:
-    for name in settings.models(PAPER):
-        try:
-            model = questions.open_subject(name, settings)
-        except ModelNotFound as error:
-            if settings.model is not None:
-                raise
-            _give_up(name, str(error), out)
-            continue
-        reason = questions.unfit(model)
-        if reason:
-            out.record(model)
-            _give_up(model.name, reason, out)
-            continue
+    def give_up(name: str, reason: str) -> None:
+        _give_up(name, reason, out)
+
+    for model in questions.subjects(PAPER, settings, out, give_up, questions.NO_HEADS):
         _One(model, settings, out).run()
 
 

@@ -15,7 +15,7 @@ from experiments import _picture_questions as questions
 from experiments._output import Output
 from experiments._paper import Paper, Settings
 from experiments._picture_questions import Asked
-from interp.core import Claim, ModelNotFound, ModelRefused, Prompt, PromptError, Result, statistics
+from interp.core import Claim, ModelRefused, Prompt, PromptError, Result, statistics
 from interp.figures import heat
 from interp.figures.style import CYCLE, PAGE, canvas, color, note
 from interp.flow import pruning
@@ -79,19 +79,11 @@ TINY = ("FastV", "PyramidDrop", "TransPrune", "[CLS] attention", "zeroth-order",
 
 
 def run(settings: Settings, out: Output) -> None:
-    for name in settings.models(PAPER):
-        try:
-            model = questions.open_subject(name, settings)
-        except ModelNotFound as error:
-            if settings.model is not None:
-                raise
-            _give_up(name, str(error), out)
-            continue
+    def give_up(name: str, reason: str) -> None:
+        _give_up(name, reason, out)
+
+    for model in questions.subjects(PAPER, settings, out, give_up):
         out.record(model)
-        reason = questions.unfit(model)
-        if reason:
-            _give_up(model.name, reason.replace(", so it has no such heads", ""), out)
-            continue
         try:
             _One(model, settings, out).run()
         except (PromptError, ModelRefused) as error:

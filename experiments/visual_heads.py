@@ -16,7 +16,7 @@ from experiments._paper import Paper, Settings
 from experiments._picture_questions import Asked
 from interp.causal.metrics import AnswerAccuracy, AnswerLogProb
 from interp.causal.sweep import ablation_sweep, difference, effect
-from interp.core import Claim, Head, HeadScores, ModelNotFound, OutOfRange, Result, statistics
+from interp.core import Claim, Head, HeadScores, OutOfRange, Result, statistics
 from interp.figures import head_grid, image_overlay, layer_curve
 from interp.figures.style import PAGE, canvas, color
 from interp.heads import visual
@@ -65,19 +65,11 @@ PAPER_LATE = 100 / (12 * 32)
 
 def run(settings: Settings, out: Output) -> None:
     profiles: dict[str, np.ndarray] = {}
-    for name in settings.models(PAPER):
-        try:
-            model = questions.open_subject(name, settings)
-        except ModelNotFound as error:
-            if settings.model is not None:
-                raise
-            _give_up(name, str(error), out)
-            continue
-        reason = questions.unfit(model)
-        if reason:
-            out.record(model)
-            _give_up(model.name, reason, out)
-            continue
+
+    def give_up(name: str, reason: str) -> None:
+        _give_up(name, reason, out)
+
+    for model in questions.subjects(PAPER, settings, out, give_up, questions.NO_HEADS):
         profiles[model.name] = _One(model, settings, out).run()
     _families(profiles, out)
 

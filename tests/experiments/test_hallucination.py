@@ -1,12 +1,9 @@
 """What is named and what is there; every claim on looker, on its untrained twin and on others."""
 
-import copy
 import json
 
 import numpy as np
 import pytest
-from transformers import CLIPImageProcessorPil, LlavaProcessor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from typer.testing import CliRunner
 
 import interp
@@ -17,6 +14,7 @@ from experiments._output import execute
 from experiments._paper import Settings, load
 from interp.organisms import looker
 from interp.prompts import scenes
+from tests.experiments.test_any_model import saved
 
 KEYS = {sentence: key for key, (sentence, _) in hallucination.SENTENCES.items()}
 MATHEMATICS = {"released"}
@@ -30,23 +28,6 @@ def result(name, out, **more):
     assert len(found) == len(outcome.claims) and found.keys() == hallucination.SENTENCES.keys()
     assert all(claim.reason or claim.control for claim in found.values() if claim.causal)
     return found, outcome
-
-
-def saved(tiny, architecture, folder, tokenizer):
-    tiny(architecture).save_pretrained(folder)
-    tokenizer = copy.deepcopy(tokenizer)
-    if architecture == "llava":
-        LlavaProcessor(
-            CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}),
-            tokenizer, patch_size=8, vision_feature_select_strategy="default",
-            num_additional_image_tokens=1).save_pretrained(folder)
-        return folder
-    tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64,
-                             max_pixels=400).save_pretrained(folder)
-    for file in folder.glob("tokenizer*.json"):
-        file.write_text(file.read_text().replace("<image>", "<|image_pad|>"))
-    return folder
 
 
 def test_names_are_read_from_texts_of_any_style():

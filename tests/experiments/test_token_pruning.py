@@ -1,12 +1,9 @@
 """Token pruning on looker, on its untrained twin, on tiny random models, and where it cannot be."""
 
-import copy
 
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import CLIPImageProcessorPil, LlavaProcessor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from typer.testing import CliRunner
 
 import interp
@@ -16,6 +13,7 @@ from experiments.__main__ import app
 from experiments._output import execute
 from experiments._paper import Settings, load
 from interp.organisms import looker
+from tests.experiments.test_any_model import saved
 
 NAMES = {sentence: key for key, sentence in token_pruning.SENTENCES.items()}
 
@@ -67,23 +65,6 @@ def test_an_untrained_twin_has_nothing_to_lose(tmp_path):
     found = verdicts(result(tmp_path / "untrained", tmp_path / "out", figure=["layers"]))
     assert {claim.verdict for claim in found.values()} == {"not testable"}
     assert "of the answers" in found["deep"].reason or "without image tokens" in found["deep"].reason
-
-
-def saved(tiny, architecture, folder, tokenizer):
-    tiny(architecture).save_pretrained(folder)
-    tokenizer = copy.deepcopy(tokenizer)
-    if architecture == "llava":
-        LlavaProcessor(
-            CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}),
-            tokenizer, patch_size=8, vision_feature_select_strategy="default",
-            num_additional_image_tokens=1).save_pretrained(folder)
-        return folder
-    tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64,
-                             max_pixels=400).save_pretrained(folder)
-    for file in folder.glob("tokenizer*.json"):
-        file.write_text(file.read_text().replace("<image>", "<|image_pad|>"))
-    return folder
 
 
 @pytest.mark.parametrize("architecture", ["llava", "qwen2_5_vl"])
