@@ -98,13 +98,21 @@ def bootstrap(
         rows = drawn if groups is None else np.concatenate([parts[int(i)] for i in drawn])
         return float(statistic(*(array[rows] for array in arrays)))
 
+    def means(drawn: np.ndarray, axis: int = -1) -> np.ndarray:
+        return sums[drawn].sum(axis) / sizes_of[drawn].sum(axis)
+
+    # Means, by far the most frequent: all resamples at once, from the sums of the groups.
+    quick = statistic is np.mean and arrays[0].ndim == 1
+    sums = np.array([arrays[0][part].sum() for part in parts]) if quick else np.empty(0)
+    sizes_of = np.array([len(part) for part in parts])
     with np.errstate(all="ignore"), warnings.catch_warnings():
         # Resamples without a value are left out below.
         warnings.simplefilter("ignore")
         # Percentile, not BCa: it stays defined where all values are equal.
         found = stats.bootstrap(
-            (np.arange(len(parts)),), resampled, n_resamples=resamples, method="percentile",
-            confidence_level=confidence, vectorized=False, rng=np.random.default_rng(seed),
+            (np.arange(len(parts)),), means if quick else resampled, n_resamples=resamples,
+            method="percentile", confidence_level=confidence, vectorized=quick,
+            rng=np.random.default_rng(seed),
         )
     drawn = found.bootstrap_distribution[np.isfinite(found.bootstrap_distribution)]
     if not len(drawn):
@@ -143,10 +151,10 @@ def difference(
         >>> difference(np.arange(9.0) + 2, np.arange(9.0), resamples=200).interval
         (2.0, 2.0)
     """
-    def gap(a: np.ndarray, b: np.ndarray) -> float:
-        return float(np.mean(a - b))
-
-    return bootstrap(gap, treated, control, groups=groups,
+    a, b = np.asarray(treated, dtype=float), np.asarray(control, dtype=float)
+    if a.shape != b.shape:
+        raise ValueError(f"paired samples need one length, not {sorted({len(a), len(b)})}.")
+    return bootstrap(np.mean, a - b, groups=groups,
                      **{"name": "mean paired difference", **more})
 
 
