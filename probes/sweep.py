@@ -81,7 +81,7 @@ def sweep(
     cells = [str(dim) for dim in array.dims[:-2]]
     X = array.stack(cell=cells).transpose("cell", ...).values if len(cells) > 1 else array.values
     X = np.asarray(X, dtype=np.float64)
-    y, kind, classes = _targets(labels, X.shape[1], task)
+    y, kind, classes = targets(labels, X.shape[1], task)
     _check(X, y, classes)
     blocks = None if groups is None else _blocks(groups, len(y))
     rng = np.random.default_rng(int(seed))
@@ -215,7 +215,13 @@ def _labelled(states: Any) -> xr.DataArray:
     return xr.DataArray(array, dims=("layer", "sample", "d_model"))
 
 
-def _targets(labels: Any, n: int, task: str) -> tuple[np.ndarray, Kind, np.ndarray]:
+def targets(labels: Any, n: int, task: str) -> tuple[np.ndarray, Kind, np.ndarray]:
+    """Labels as class numbers or as numbers, how they are scored, and the classes.
+
+    Example:
+        >>> targets(["b", "a"], 2, "auto")
+        (array([1, 0]), 'auc', array(['a', 'b'], dtype='<U1'))
+    """
     given = np.asarray(labels)
     if given.shape != (n,):
         raise ValueError(f"{given.shape} labels for {n} samples: give one per sample.")
