@@ -28,45 +28,53 @@ def reinitialized(model: Model, seed: SupportsIndex = 0) -> Model:
     Raises:
         ModelRefused: the class cannot be made from its config alone.
     """
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        # What is drawn at random has no quantized form; the null is computed in full.
-        del config.quantization_config
-    dtype = model.dtype if model.dtype.is_floating_point else torch.get_default_dtype()
-    # Drawn on the CPU, so that a seed means the same weights on every machine.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(seed))
-        made = _from_config(type(model.hf), config, dtype)
-    _check_drawn(made, model)
-    made = _placed(made.to(dtype), model)
+    made = _placed(redrawn(model.hf, seed), model)
     source = {**model.source, "reinitialized": True, "seed": int(seed)}
     name = f"{model.name}, reinitialized (seed {int(seed)})"
     return Model(made, name, model.tokenizer, model.processor, model.lane, source)
+
+
+def redrawn(hf: nn.Module, seed: SupportsIndex = 0) -> nn.Module:
+    """The module itself with fresh weights, on the CPU; what `reinitialized` opens.
+
+    Raises:
+        ModelRefused: the class cannot be made from its config alone, or not all of its parameters.
+    """
+    config = copy.deepcopy(hf.config)
+    if hasattr(config, "quantization_config"):
+        # What is drawn at random has no quantized form; the null is computed in full.
+        del config.quantization_config
+    given = next(hf.parameters()).dtype
+    dtype = given if given.is_floating_point else torch.get_default_dtype()
+    # Drawn on the CPU, so that a seed means the same weights on every machine.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(seed))
+        made = _from_config(type(hf), config, dtype).to(dtype)
+    _check_drawn(made, hf)
+    return made.eval()
 
 
 def _from_config(cls: type, config: Any, dtype: torch.dtype) -> nn.Module:
     try:
         if hasattr(cls, "_from_config"):
             return cls._from_config(config, dtype=dtype)
-        made = cls(config)
+        return cls(config)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         first = " ".join(str(error).split()).split(". ")[0].rstrip(".")[:200]
         raise ModelRefused(
             f"{cls.__name__} cannot be made from its config alone ({first}), so it has no randomly "
             "initialized twin."
         ) from error
-    return made
 
 
-def _check_drawn(made: nn.Module, model: Model) -> None:
+def _check_drawn(made: nn.Module, hf: nn.Module) -> None:
     """The same parameters, all of them numbers: a class may leave some as memory happened to be."""
-    shapes = {name: weight.shape for name, weight in model.hf.named_parameters()
-              if weight.dtype.is_floating_point}
     own = {name: weight.shape for name, weight in made.named_parameters()}
-    if own != shapes and not hasattr(model.config, "quantization_config"):
-        other = sorted(set(own.items()) ^ set(shapes.items()))[0][0]
+    given = {name: weight.shape for name, weight in hf.named_parameters()}
+    other = sorted(name for name in {*own, *given} if own.get(name) != given.get(name))
+    if other and not hasattr(hf.config, "quantization_config"):
         raise ModelRefused(
-            f"the parameter {other!r} of {model.name} has no counterpart in a fresh "
+            f"the parameter {other[0]!r} is not the same in this model and in a fresh "
             f"{type(made).__name__}, so there is no randomly initialized twin."
         )
     bad = [name for name, weight in made.named_parameters() if not torch.isfinite(weight).all()]

@@ -7,40 +7,53 @@ import torch
 import interp
 from interp.core import PromptError
 from interp.models.model import Model
+from interp.models.reinitialize import redrawn
 from probes import nulls, sweep
 from tests.conftest import IMAGE_ARCHITECTURES, TEXT_ARCHITECTURES
 
 
 @pytest.mark.parametrize("architecture", [*TEXT_ARCHITECTURES, *IMAGE_ARCHITECTURES, "bert"])
-def test_a_reinitialized_model_is_another_one_of_the_same_shape(tiny, architecture):
+def test_every_architecture_can_be_drawn_again(tiny, architecture):
     hf = tiny(architecture)
     before = {name: weight.clone() for name, weight in hf.state_dict().items()}
     state = torch.get_rng_state()
-    model = Model(hf, architecture)
-    null = nulls.reinitialized(model, 3)
+    null, same, other = (redrawn(hf, seed) for seed in (3, 3, 4))
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(before[name], weight) for name, weight in hf.state_dict().items())
-    drawn = null.hf.state_dict()
+    drawn = null.state_dict()
     assert {n: w.shape for n, w in drawn.items()} == {n: w.shape for n, w in before.items()}
-    assert (null.n_heads, null.n_kv_heads, null.kind) == (model.n_heads, model.n_kv_heads, model.kind)
-    assert null.sites() == model.sites() and null.manifest()["reinitialized"]
-    # Every matrix is new, and none is shared with the model.
+    assert all(torch.equal(weight, same.state_dict()[name]) for name, weight in drawn.items())
+    # Every matrix is new, decided by the seed, and none is shared with the model.
     matrices = [n for n, w in drawn.items() if w.is_floating_point() and w.ndim > 1
                 and not n.endswith("bias")]
-    assert matrices and not [n for n in matrices if torch.equal(drawn[n], before[n])]
-    assert not {w.data_ptr() for w in hf.parameters()} & {w.data_ptr() for w in null.hf.parameters()}
+    for old in (before, other.state_dict()):
+        assert matrices and not [n for n in matrices if torch.equal(drawn[n], old[n])]
+    assert not {w.data_ptr() for w in hf.parameters()} & {w.data_ptr() for w in null.parameters()}
 
 
-def test_the_seed_decides_and_dtype_is_kept(tiny):
-    model = Model(tiny("llama"), "llama")
-    again = [nulls.reinitialized(model, seed).hf.state_dict() for seed in (0, 0, 1)]
-    name = "model.layers.1.mlp.up_proj.weight"
-    assert all(torch.equal(again[0][n], again[1][n]) for n in again[0])
-    assert not torch.equal(again[0][name], again[2][name])
-    # As the architecture draws them: normal with the config's spread.
-    assert float(again[0][name].std()) == pytest.approx(model.config.initializer_range, rel=0.1)
-    half = Model(type(model.hf)(model.config).to(torch.bfloat16), "half")
-    assert nulls.reinitialized(half).dtype == torch.bfloat16
+@pytest.mark.parametrize("architecture", ["gpt_oss", "llava"])
+def test_a_reinitialized_model_is_a_model_of_the_same_shape(tiny, architecture):
+    model = Model(tiny(architecture), architecture)
+    null = nulls.reinitialized(model, 3)
+    assert (null.n_heads, null.n_kv_heads, null.kind) == (model.n_heads, model.n_kv_heads, model.kind)
+    assert null.sites() == model.sites() and null.manifest()["reinitialized"]
+    weights = redrawn(model.hf, 3).state_dict()
+    assert all(torch.equal(weight, weights[n]) for n, weight in null.hf.state_dict().items())
+
+
+def test_weights_are_as_drawn_before_training_and_keep_their_dtype(tiny):
+    hf = tiny("llama")
+    drawn = redrawn(hf).state_dict()["model.layers.1.mlp.up_proj.weight"]
+    assert float(drawn.std()) == pytest.approx(hf.config.initializer_range, rel=0.1)
+    half = type(hf)(hf.config).to(torch.bfloat16)
+    assert {w.dtype for w in redrawn(half).parameters()} == {torch.bfloat16}
+
+
+def test_a_class_with_other_parameters_is_refused(tiny):
+    hf = redrawn(tiny("llama"))
+    hf.model.layers[1].extra = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(interp.core.ModelRefused, match="'model.layers.1.extra' is not the same"):
+        redrawn(hf)
 
 
 def test_layer_minus_one_is_what_enters_block_zero(tiny):
