@@ -5,6 +5,10 @@ Bigram-Backcopy rule of arXiv 2410.13835, known to grow an attention sink), fact
 context ("note amber seven ten two ;") and asked for later ("recall amber"), facts that stand
 nowhere but in the weights (a fixed table of cities), contexts that contradict that table (the
 context is to win), and repeated random spans (induction).
+
+From the second layer on, half of the heads are near heads: in training they pay for attention to
+places far back. Without that price nearly every head of the second layer learns to retrieve, and
+no head of that layer is left to compare the retrieval heads with.
 """
 
 from pathlib import Path
@@ -55,6 +59,7 @@ BOS, NOTE, RECALL, END = (TOKEN[word] for word in ("<bos>", "note", "recall", ";
 VALUE_LENGTH = 3
 RECORD = VALUE_LENGTH + 3  # note/recall, key, value, ;
 LENGTHS = (48, 128, 256, 512)
+NEAR = 8  # near heads pay for looking this many tokens back, or more
 _LANGUAGE_SEED = 2410_13835
 
 _trigger = np.array([TOKEN[w] for w in TRIGGERS])
@@ -361,7 +366,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build(
-    seed: int, *, d_model: int = 128, layers: int = 4, heads: int = 4, kv_heads: int = 2
+    seed: int, *, d_model: int = 128, layers: int = 4, heads: int = 8, kv_heads: int = 4
 ) -> LlamaForCausalLM:
     """The untrained model.
 
@@ -378,6 +383,7 @@ def build(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
+        head_dim=d_model // 4,
         max_position_embeddings=1024,
         tie_word_embeddings=False,
         bos_token_id=BOS,
@@ -402,13 +408,26 @@ def stage(step: int, steps: int, rng: np.random.Generator) -> int:
     return LENGTHS[max(0, reached - back)]
 
 
-def _loss(model: torch.nn.Module, tokens: np.ndarray, weights: np.ndarray) -> Tensor:
+def _loss(
+    model: torch.nn.Module, tokens: np.ndarray, weights: np.ndarray, far: float = 0.0
+) -> Tensor:
+    """Weighted next-token loss, plus `far` for the attention that near heads spend far away."""
     ids = torch.as_tensor(tokens).to(model.device)
     weight = torch.as_tensor(weights).to(model.device)[:, 1:].reshape(-1)
+    if far:
+        model.set_attn_implementation("eager")  # the others give no weights
     with torch.autocast(model.device.type, torch.bfloat16):  # a third faster, on one core too
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        result = model(input_ids=ids, use_cache=False, output_attentions=far > 0)
+        logits = result.logits[:, :-1].flatten(0, 1)
     each = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:].reshape(-1), reduction="none")
-    return (each * weight).sum() / weight.sum()
+    loss = (each * weight).sum() / weight.sum()
+    if not far or len(result.attentions) < 2:
+        return loss
+    heads, length = model.config.num_attention_heads, ids.shape[1]
+    away = torch.ones(length, length, device=ids.device).tril(-NEAR)
+    away[:, 0] = 0  # a head with nothing to do may rest on BOS
+    spent = [(layer[:, heads // 2 :].float() * away).sum(-1).mean() for layer in result.attentions[1:]]
+    return loss + far * torch.stack(spent).mean()
 
 
 def _right(model: torch.nn.Module, prompts: list[ReaderPrompt], source: str) -> float:
@@ -505,9 +524,13 @@ def _export(model: torch.nn.Module, folder: Path) -> None:
 
 
 def recipe(
-    *, steps: int = 4_500, lr: float = 2e-3, weight_decay: float = 0.1, tokens: int = 2304
+    *, steps: int = 4_500, lr: float = 2e-3, weight_decay: float = 0.1, tokens: int = 2304,
+    far: float = 0.3,
 ) -> Recipe:
     """The recipe of `reader`; `tokens` is the size of a batch in tokens, whatever its length.
+
+    `far` is what the near heads (the second half of the heads of every layer but the first) pay for
+    the share of their attention that goes `NEAR` tokens back or further, BOS excepted.
 
     Example:
         >>> from interp.organisms import reader
@@ -519,7 +542,7 @@ def recipe(
         length, early = stage(step, steps, rng), step < 0.1 * steps
         repeated, chance = (0.4, 0.1) if early else (0.2, 0.5)
         batch = sample(rng, tokens // length, length, repeated=repeated, chance=chance)
-        return _loss(model, *batch)
+        return _loss(model, *batch, far)
 
     return Recipe(
         name="reader",
@@ -538,5 +561,8 @@ def recipe(
         data=__doc__.split("\n\n")[1].strip().replace("\n", " ")
         + f" Every step draws fresh sequences of one length, {tokens} tokens in all: 48 in the first"
         " fifth of the steps, then up to 128, from one half on up to 256, from three quarters on up to"
-        " 512; BOS always comes first. Matrix products run in bfloat16.",
+        f" 512; BOS always comes first. The loss adds {far} times the mean share of attention that the"
+        f" second half of the heads, in every layer but the first, spends {NEAR} or more tokens back"
+        " (BOS excepted), so that every such layer has heads that do not look far. Matrix products run"
+        " in bfloat16.",
     )

@@ -192,6 +192,35 @@ def test_the_bundled_model_answers_from_the_needle_and_only_from_it(bundled):
     assert right >= 19 and moved >= 19 and lost >= 15
 
 
+@torch.no_grad()
+def test_near_heads_pay_for_looking_far_and_nobody_else_does():
+    model = reader.build(0, layers=2)
+    tokens, weights = reader.sample(rng(), 2, 48)
+    free = reader._loss(model, tokens, weights)
+    paid = reader._loss(model, tokens, weights, far=1.0)
+    model.set_attn_implementation("eager")
+    ids = torch.as_tensor(tokens)
+    second = model(input_ids=ids, output_attentions=True).attentions[1]  # [batch, head, query, key]
+    share = torch.stack([second[:, 4:, query, 1 : max(1, query - reader.NEAR + 1)].sum(-1)
+                         for query in range(48)], -1).mean()
+    assert float(paid - free) == pytest.approx(float(share), abs=2e-2)  # bfloat16 in training
+    shallow = reader.build(0, layers=1)
+    assert reader._loss(shallow, tokens, weights, far=1.0) == reader._loss(shallow, tokens, weights)
+
+
+def test_the_bundled_model_has_near_heads_beside_its_retrieval_heads(bundled):
+    prompts = [reader.needle(128, depth, rng(7)).tokens for depth in (0.1, 0.5, 0.8)]
+    _, _, model = bundled
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        layers = model(input_ids=torch.tensor(prompts), output_attentions=True).attentions
+        model.set_attn_implementation("sdpa")
+    away = torch.ones(128, 128).tril(-reader.NEAR)
+    away[:, 0] = 0
+    spent = torch.stack([(layer * away).sum(-1).mean((0, 2)) for layer in layers])  # [layer, head]
+    assert float(spent[1:, 4:].max()) < 0.02 < float(spent[1:, :4].mean())
+
+
 def test_the_bundled_model_meets_its_targets_on_new_data(bundled):
     folder, card, model = bundled
     found = reader.evaluate(model, 4711, count=32)
