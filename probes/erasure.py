@@ -172,6 +172,37 @@ class RandomProjection(_Affine):
         return self
 
 
+class KnownDirections(_Affine):
+    """Removes given directions: a probe's, a difference of means, or what one has planted.
+
+    Example:
+        >>> clean = KnownDirections([[0.0, 3.0]]).fit_transform(np.eye(2))
+        >>> clean.round(6).tolist()
+        [[1.0, 0.5], [0.0, 0.5]]
+
+    Args:
+        directions: `[d_model]` or rows of them, of any length, dependent or not.
+    """
+
+    def __init__(self, directions: Any = None) -> None:
+        self.directions = directions
+
+    def fit(self, X: Any, y: Any = None) -> "KnownDirections":
+        """Mean of the states, onto which the directions collapse."""
+        X = validate_data(self, X, dtype=np.float64)
+        rows = np.atleast_2d(np.zeros((0, X.shape[1])) if self.directions is None
+                             else np.asarray(self.directions, dtype=np.float64))
+        if rows.shape[1] != X.shape[1] or not np.isfinite(rows).all():
+            raise ValueError(
+                f"directions {rows.shape} cannot be removed from states of {X.shape[1]} dimensions."
+            )
+        self.mean_ = X.mean(0)
+        _, s, basis = np.linalg.svd(rows, full_matrices=False)
+        basis = basis[s > 1e-10 * s.max(initial=0.0)]
+        self.projection_ = basis.T @ basis
+        return self
+
+
 def relative_change(
     before: Float[np.ndarray, "sample d_model"], after: Float[np.ndarray, "sample d_model"]
 ) -> float:

@@ -9,12 +9,12 @@ The quick probe is ridge regression: what it predicts for held-out samples is a 
 labels, the matrix does not depend on the labels, and so all permutations are one product.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, Optional, SupportsFloat, SupportsIndex, Union
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from scipy.stats import rankdata
 from sklearn.base import BaseEstimator, clone
@@ -85,9 +85,9 @@ def sweep(
     _check(X, y, classes)
     blocks = None if groups is None else _blocks(groups, len(y))
     rng = np.random.default_rng(int(seed))
-    splits = list(_splits(y, kind, blocks, int(folds), int(seed)))
-    shuffled = [_shuffled(y, blocks, rng) for _ in range(int(permutations))]
-    orders = np.stack([np.arange(len(y)), *shuffled])
+    splits = folds_of(y, kind, blocks, int(folds), int(seed))
+    orders = np.stack([np.arange(len(y)), *(
+        shuffled(y, blocks, rng) for _ in range(int(permutations)))])
     penalty = float(X.shape[2] if alpha is None else alpha)
     each = np.stack([_cell(x, y, kind, classes, splits, orders, estimator, penalty) for x in X])
     notes = []
@@ -250,9 +250,18 @@ def _blocks(groups: Any, n: int) -> np.ndarray:
     return np.unique(given, return_inverse=True)[1]
 
 
-def _splits(
-    y: np.ndarray, kind: Kind, blocks: Optional[np.ndarray], folds: int, seed: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def folds_of(
+    y: np.ndarray, kind: str, groups: Optional[Any], folds: SupportsIndex = 5,
+    seed: SupportsIndex = 0,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Training and test samples of every fold: stratified for classes, whole groups where given.
+
+    Example:
+        >>> [len(test) for _, test in folds_of(np.arange(9) % 2, "auc", None, 3)]
+        [3, 3, 3]
+    """
+    folds, seed = int(folds), int(seed)
+    blocks = None if groups is None else _blocks(groups, len(y))
     units = len(y) if blocks is None else int(blocks.max()) + 1
     if units < folds:
         raise ValueError(
@@ -270,16 +279,22 @@ def _splits(
                 f"the rarest class has {fewest} sample(s), fewer than the {folds} folds: use fewer "
                 "folds, or leave the class out."
             )
-    yield from made.split(np.zeros(len(y)), y, blocks)
+    return list(made.split(np.zeros(len(y)), y, blocks))
 
 
-def _shuffled(y: np.ndarray, blocks: Optional[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+def shuffled(y: np.ndarray, groups: Optional[Any], rng: np.random.Generator) -> np.ndarray:
     """An order of the samples under which labels are exchangeable if nothing is encoded.
+
+    Example:
+        >>> order = shuffled(np.array([0, 0, 1, 1]), [5, 5, 8, 8], np.random.default_rng(0))
+        >>> bool(order[0] == order[1]), bool(order[2] == order[3])
+        (True, True)
 
     Labels that are constant in their groups move with whole groups; others move within theirs.
     """
-    if blocks is None:
+    if groups is None:
         return rng.permutation(len(y))
+    blocks = _blocks(groups, len(y))
     members = [np.flatnonzero(blocks == b) for b in range(int(blocks.max()) + 1)]
     order = np.arange(len(y))
     if all(len(np.unique(y[m])) == 1 for m in members):
@@ -331,7 +346,7 @@ def _ridge_scores(
     if kind == "auc":
         sign = 2.0 * given - 1
         decided = (sign - sign.mean(1, keepdims=True)) @ hat.T
-        return _auc(decided, asked == 1)
+        return auc(decided, asked == 1)
     decided = []
     for c in range(n_classes):
         sign = np.where(given == c, 1.0, -1.0)
@@ -343,7 +358,15 @@ def _ridge_scores(
     return _mean(hits, 0)
 
 
-def _auc(decided: np.ndarray, positive: np.ndarray) -> Float[np.ndarray, "permutation"]:
+def auc(
+    decided: Float[np.ndarray, "permutation sample"], positive: Bool[np.ndarray, "permutation sample"]
+) -> Float[np.ndarray, "permutation"]:
+    """ROC-AUC of every row, ties counted half; NaN where a class is missing.
+
+    Example:
+        >>> auc(np.array([[0.1, 0.4, 0.3]]), np.array([[False, True, True]]))
+        array([1.])
+    """
     ranks = rankdata(decided, axis=1)
     n1 = positive.sum(1)
     n0 = positive.shape[1] - n1
@@ -381,8 +404,7 @@ def _nested(
             scores.append(np.nan)
             chosen.append(0)
             continue
-        inner = list(_splits(y[train], kind, None if own is None else np.unique(
-            own, return_inverse=True)[1], inner_folds, seed))
+        inner = folds_of(y[train], kind, own, inner_folds, seed)
         order = np.arange(len(train))[None]
         within = [float(_mean(_cell(x[train], y[train], kind, classes, inner, order, estimator,
                                     alpha), 1)[0]) for x in X]

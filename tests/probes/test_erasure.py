@@ -9,7 +9,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from probes import erasure, linear
 
 
-@parametrize_with_checks([erasure.Leace(), erasure.Inlp(rounds=2), erasure.RandomProjection()])
+@parametrize_with_checks([erasure.Leace(), erasure.Inlp(rounds=2), erasure.RandomProjection(),
+                         erasure.KnownDirections()])
 def test_scikit_learn_s_contract(estimator, check):
     check(estimator)
 

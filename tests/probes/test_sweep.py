@@ -101,10 +101,10 @@ def test_permuted_labels_keep_what_groups_explain():
     constant = np.array([0, 1, 0, 1, 1, 0])[blocks]
     varying = rng.integers(2, size=len(blocks))
     for _ in range(20):
-        moved = constant[sweep._shuffled(constant, blocks, rng)]
+        moved = constant[sweep.shuffled(constant, blocks, rng)]
         assert all(len(np.unique(moved[blocks == b])) == 1 for b in range(6))
         assert sum(moved[blocks == b][0] for b in range(6)) == 3
-        within = varying[sweep._shuffled(varying, blocks, rng)]
+        within = varying[sweep.shuffled(varying, blocks, rng)]
         assert all(within[blocks == b].sum() == varying[blocks == b].sum() for b in range(6))
 
 
@@ -126,8 +126,8 @@ def test_labelled_cells_keep_their_names_and_order_does_not_matter():
 def test_auc_counts_ties_as_half():
     decided = np.array([[0.0, 0.0, 1.0, 1.0, 2.0]])
     positive = np.array([[True, False, True, False, True]])
-    assert sweep._auc(decided, positive)[0] == roc_auc_score(positive[0], decided[0])
-    assert np.isnan(sweep._auc(decided, np.zeros((1, 5), bool))).all()
+    assert sweep.auc(decided, positive)[0] == roc_auc_score(positive[0], decided[0])
+    assert np.isnan(sweep.auc(decided, np.zeros((1, 5), bool))).all()
 
 
 def test_whole_numbers_are_classes_unless_said_otherwise():
