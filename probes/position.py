@@ -6,7 +6,7 @@ Measure   distance of the predicted from the true position, on documents the pro
           share of triples in which the nearer of two earlier states is the more similar one
 Cause     none here: that a position can be read does not say that the model reads it
 
-Positions of objects in pictures are in `probes.object_position`.
+Positions of objects in pictures: `probes.object_position`.
 """
 
 from typing import Any, Literal, Optional, SupportsIndex, Union
@@ -31,6 +31,8 @@ from interp.figures.style import color, style
 
 States = Union[Float[Tensor, "*layer position d_model"], Float[np.ndarray, "*layer position d_model"]]
 Against = Literal["triples", "next", "neighbor"]
+EXACT = 2**20
+"""Training sets of so many numbers are solved in float64, larger ones in float32."""
 
 
 class PositionProbe(ClassifierMixin, BaseEstimator):
@@ -65,13 +67,13 @@ class PositionProbe(ClassifierMixin, BaseEstimator):
         check_classification_targets(y)
         self.classes_, number = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
-            raise ValueError(
-                f"all samples stand at position {self.classes_[0]!r}: there is one class only."
-            )
+            raise ValueError(f"all samples are at {self.classes_[0]!r}: there is one class only.")
         self.mean_, scale = X.mean(0), X.std(0)
         self.scale_ = np.where(scale < 10 * np.finfo(float).eps, 1.0, scale)
         where = torch.device(self.device or "cpu")
-        inputs = torch.as_tensor((X - self.mean_) / self.scale_, dtype=torch.float32, device=where)
+        # Exact where that costs nothing.
+        kind = torch.float64 if X.size <= EXACT else torch.float32
+        inputs = torch.as_tensor((X - self.mean_) / self.scale_, dtype=kind, device=where)
         target = torch.as_tensor(number, device=where)
         sizes = [X.shape[1], len(self.classes_)]
         if int(self.hidden):
@@ -82,10 +84,10 @@ class PositionProbe(ClassifierMixin, BaseEstimator):
             # A linear probe has one best solution, whatever the start.
             w = torch.zeros(a, b) if len(sizes) == 2 else (
                 torch.rand(a, b, generator=generator) * 2 - 1) * (6 / (a + b)) ** 0.5
-            weights.append(w.to(where).requires_grad_())
+            weights.append(w.to(where, kind).requires_grad_())
         optimizer = torch.optim.LBFGS(weights, max_iter=int(self.max_iter), history_size=15,
-                                      line_search_fn="strong_wolfe", tolerance_grad=1e-6,
-                                      tolerance_change=1e-9)
+                                      line_search_fn="strong_wolfe", tolerance_grad=1e-8,
+                                      tolerance_change=1e-13)
 
         def loss() -> Tensor:
             optimizer.zero_grad()
@@ -97,6 +99,7 @@ class PositionProbe(ClassifierMixin, BaseEstimator):
 
         with torch.enable_grad():
             optimizer.step(loss)
+        self.n_iter_ = int(optimizer.state[weights[0]]["n_iter"])
         self.weights_ = [w.detach().cpu().double().numpy() for w in weights]
         return self
 
@@ -106,14 +109,15 @@ class PositionProbe(ClassifierMixin, BaseEstimator):
         return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
 
     def predict_proba(self, X: Any) -> Float[np.ndarray, "sample position"]:
-        """The posterior over positions."""
+        """The posterior."""
         logits = self._logits(X)
         odds = np.exp(logits - logits.max(1, keepdims=True))
         return odds / odds.sum(1, keepdims=True)
 
     def predict(self, X: Any) -> np.ndarray:
         """The most probable position."""
-        return self.classes_[self._logits(X).argmax(1)]
+        logits = self._logits(X)
+        return self.classes_[logits.argmax(1)]
 
     def _logits(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
@@ -322,10 +326,7 @@ def position_r2(
     features: Float[np.ndarray, "document position feature"], *, folds: SupportsIndex = 5,
     seed: SupportsIndex = 0,
 ) -> Float[np.ndarray, "document"]:
-    """Share of the variance of the position that ridge regression predicts, per unseen document.
-
-    Negative where the prediction is worse than the mean position.
-    """
+    """R^2 of the position by ridge regression, per unseen document; negative if worse than the mean."""
     count, n, width = features.shape
     place, group = np.tile(np.arange(float(n)), count), np.repeat(np.arange(count), n)
     probe = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-2, 4, 7)))
