@@ -21,8 +21,7 @@ from matplotlib.axes import Axes
 from interp.core import Prompt, PromptError, Result, UndertowError
 from interp.figures import layer_curve
 from interp.figures.style import style
-from probes.nulls import layer_states
-from probes.token_loss import content_places, token_losses
+from probes.token_loss import content_places, losses_of
 
 SAME = 1e-6
 """Points nearer than this share of the cloud's size are copies of one point: one of them is kept."""
@@ -64,16 +63,10 @@ def two_nn(
 
     Source: Facco et al. (2017), through scikit-dimension.
     """
-    X, kept = _distinct(X)
+    X, kept = _distinct(_checked(X))
     if len(X) < 3:
         return Dimension(np.nan, kept, len(X), f"{len(X)} different points: at least three needed")
-    nearest, _ = neighbors(X, 2)
-    if np.allclose(nearest[:, 0], nearest[:, 1], rtol=1e-9, atol=0):
-        return Dimension(np.nan, kept, len(X), "every point is as far from its second neighbor as "
-                                               "from its first")
-    estimator = _skdim().TwoNN(discard_fraction=float(discard), dist=True, method=method)
-    with np.errstate(divide="ignore"):  # of the empirical distribution at its end
-        return Dimension(float(estimator.fit(nearest).dimension_), kept, len(X))
+    return _from_nearest(neighbors(X, 2)[0], kept, method, float(discard))
 
 
 def gride(
@@ -89,7 +82,7 @@ def gride(
     A larger n1 looks at a larger scale; (1, 2) is `two_nn`. Source: Denti et al. (2022), through
     scikit-dimension.
     """
-    X, kept = _distinct(X)
+    X, kept = _distinct(_checked(X))
     near, far = int(n1), 2 * int(n1) if n2 is None else int(n2)
     if not 1 <= near < far:
         raise ValueError(f"neighbors number {near} and {far}: the second must be the farther one.")
@@ -260,19 +253,21 @@ def measure(
         for start in range(0, len(texts), int(batch_size)):
             part = range(start, min(start + int(batch_size), len(texts)))
             some = [variants[i] for i in part]
-            states = layer_states(model, some, "all", batch_size=int(batch_size))
-            for i, each in zip(part, token_losses(model, some, batch_size=int(batch_size))):
-                loss[i, j] = each[list(places[i])].mean()
+            run = model.run(some, read=("resid_pre.0", "resid_post"), batch_size=int(batch_size))
             for number, i in enumerate(part):
-                whole = states.values[:, states.prompt.values == number].astype(np.float64)
-                row, why = _cloud(whole, list(places[i]), k, device)
+                n, at = len(texts[i]), list(places[i])
+                if model.kind == "decoder" and run.logits:
+                    loss[i, j] = losses_of(run.logits[number], some[number])[at].mean()
+                whole = np.concatenate([run.reads[site].values[number, :, :n]
+                                        for site in ("resid_pre.0", "resid_post")]).astype(np.float64)
+                row, why = _cloud(whole, at, k, device)
                 for name, values in row.items():
                     made[name][i, j] = values
                 for reason in why:
                     reasons[reason] = reasons.get(reason, 0) + 1
                 if level == 0:
                     for s, n1 in enumerate(scales):
-                        scaled[i, :, s] = [gride(x[list(places[i])], n1).value for x in whole]
+                        scaled[i, :, s] = [gride(x[at], n1).value for x in whole]
     dims = ("prompt", "level", "layer")
     data = xr.Dataset({**{name: (dims, made[name]) for name in names}, "loss": (dims[:2], loss),
                        **_words(texts, places)},
@@ -315,23 +310,39 @@ def _skdim() -> Any:
                             'install it with: pip install "undertow[probes]".') from None
 
 
-def _distinct(X: Any) -> tuple[np.ndarray, float]:
-    """The cloud with one copy of every point, and the share that this is."""
+def _checked(X: Any) -> np.ndarray:
     x = np.asarray(X, dtype=np.float64)
     if x.ndim != 2 or len(x) < 2:
         raise ValueError(f"a cloud is [sample, feature] with at least two points, not {x.shape}.")
     if not np.isfinite(x).all():
         raise ValueError("the cloud holds values that are not numbers; leave those points out.")
-    kept = np.zeros(len(x), bool)
-    kept[np.unique(x, axis=0, return_index=True)[1]] = True
+    return x
+
+
+def _distinct(
+    x: np.ndarray, nearest: Optional[np.ndarray] = None
+) -> tuple[np.ndarray, float]:
+    """The cloud with one copy of every point, and the share that this is."""
+    near = neighbors(x, 1)[0][:, 0] if nearest is None else nearest
     size = np.sqrt(((x - x.mean(0)) ** 2).sum(1).mean())
-    unique = x[kept]
+    if (near > SAME * size).all():
+        return x, 1.0
+    unique = np.unique(x, axis=0)
     if len(unique) > 1:
-        nearest, who = neighbors(unique, 1)
+        near, who = (found[:, 0] for found in neighbors(unique, 1))
         # Of two that differ by rounding alone, the later one goes.
-        close = (nearest[:, 0] < SAME * size) & (who[:, 0] < np.arange(len(unique)))
-        unique = unique[~close]
+        unique = unique[(near > SAME * size) | (who > np.arange(len(unique)))]
     return unique, len(unique) / len(x)
+
+
+def _from_nearest(nearest: np.ndarray, kept: float, method: str, discard: float) -> Dimension:
+    n = len(nearest)
+    if np.allclose(nearest[:, 0], nearest[:, 1], rtol=1e-9, atol=0):
+        return Dimension(np.nan, kept, n, "every point is as far from its second neighbor as from its "
+                                          "first")
+    estimator = _skdim().TwoNN(discard_fraction=discard, dist=True, method=method)
+    with np.errstate(divide="ignore"):  # of the empirical distribution at its end
+        return Dimension(float(estimator.fit(nearest).dimension_), kept, n)
 
 
 def _shared(a: np.ndarray, b: np.ndarray) -> float:
@@ -342,9 +353,13 @@ def _cloud(
     states: np.ndarray, places: list[int], k: int, device: Optional[str]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """All quantities of one text, `[layer]` each, and why a dimension is missing."""
-    clouds = states[:, places]
-    found = [two_nn(x) for x in clouds]
-    near = [neighbors(x, k, device)[1] for x in clouds]
+    clouds = [_checked(x) for x in states[:, places]]
+    found, near = [], []
+    for x in clouds:
+        far, who = neighbors(x, max(k, 2), device)
+        unique, kept = _distinct(x, far[:, 0])
+        near.append(who[:, :k])
+        found.append(two_nn(x) if len(unique) < len(x) else _from_nearest(far[:, :2], kept, "mle", 0.0))
     first = sorted({0, *places})
     return {
         "dimension": np.array([d.value for d in found]), "kept": np.array([d.kept for d in found]),

@@ -10,6 +10,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from interp.core import Prompt, statistics
 
@@ -46,13 +47,20 @@ def token_losses(
         part = list(prompts[start : start + int(batch_size)])
         logits = model.run(part, batch_size=int(batch_size)).logits if model.kind == "decoder" else []
         for number, prompt in enumerate(part):
-            row = np.full(len(prompt), np.nan)
-            if logits:
-                scores = logits[number][:-1].float()
-                own = torch.tensor(prompt.ids[1:], device=scores.device)[:, None]
-                row[1:] = (scores.logsumexp(1) - scores.gather(1, own)[:, 0]).cpu().numpy()
-            found.append(row)
+            found.append(losses_of(logits[number], prompt) if logits else
+                         np.full(len(prompt), np.nan))
     return found
+
+
+def losses_of(
+    logits: Float[Tensor, "position vocab"], prompt: Prompt
+) -> Float[np.ndarray, "position"]:
+    """The same from logits that are there already."""
+    row = np.full(len(prompt), np.nan)
+    scores = logits[: len(prompt) - 1].float()
+    own = torch.tensor(prompt.ids[1:], device=scores.device)[:, None]
+    row[1:] = (scores.logsumexp(1) - scores.gather(1, own)[:, 0]).cpu().numpy()
+    return row
 
 
 def frequency_loss(

@@ -9,6 +9,7 @@ import torch
 import interp
 from interp.core import Prompt, PromptError, UndertowError
 from interp.figures.style import canvas
+from interp.models.model import Model
 from probes import geometry, token_loss
 from probes.layer_correlation import rank_correlation
 
@@ -119,7 +120,7 @@ def test_blocks_are_permuted_and_left_whole():
 
 @pytest.fixture(scope="module")
 def model(tiny):
-    return interp.models.model.Model(tiny("llama"), "llama")
+    return Model(tiny("llama"), "llama")
 
 
 def test_measured_quantities_are_those_of_the_states(model):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-import interp
 from interp.core import Prompt
 from interp.figures.style import canvas
+from interp.models.model import Model
 from probes import mutual_information as mi
 
 
@@ -121,7 +121,7 @@ def test_maximum_over_steps_is_paid_for():
 
 
 def test_measured_on_a_model_the_solution_finds_itself(tiny):
-    model = interp.models.model.Model(tiny("gpt2"), "gpt2")
+    model = Model(tiny("gpt2"), "gpt2")
     prompts = [Prompt.from_tokens(range(a, a + 6)) for a in (3, 20, 50)]
     traces = [[4, 5, 6, 7], [30, 31], [60, 61, 62]]
     solutions = [Prompt.from_tokens([*prompts[0].ids, *traces[0][:3]]), *prompts[1:]]
