@@ -18,8 +18,8 @@ from sklearn.metrics import brier_score_loss
 
 from interp.core import Result
 from interp.figures.style import color, note, style
+from probes.folds import folds_of, targets
 from probes.linear import logistic
-from probes.sweep import folds_of, targets
 
 BINS = 15
 

@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from interp.core import Prompt, PromptError, Result
 from interp.core.prompt import Where
 from interp.models.reinitialize import reinitialized
-from probes.sweep import sweep, targets
+from probes.folds import targets
+from probes.sweep import sweep
 
 __all__ = ["EMBEDDING", "bag_of_tokens", "dummy", "layer_states", "places_of", "reinitialized"]
 

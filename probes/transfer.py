@@ -21,8 +21,9 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from interp.core import Result, statistics
 from interp.figures import heat
+from probes.folds import folds_of, shuffled
 from probes.linear import DifferenceOfMeans, direction, logistic
-from probes.sweep import auc, folds_of, shuffled
+from probes.quick import auc
 
 
 def three_ways() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from probes import linear, sweep
+from probes import folds, linear, quick, sweep
 
 
 def noise(seed, layers=8, n=60, d=12):
@@ -33,6 +33,27 @@ def test_the_quick_probe_is_scikit_learn_s_ridge(d, classes):
     assert np.allclose(quick["nested_score"], slow["nested_score"])
 
 
+def test_the_nested_choice_is_scored_by_a_probe_that_has_not_seen_the_fold():
+    """Sample by sample, against scikit-learn, where each fold has a cell of its own."""
+    rng = np.random.default_rng(2)
+    groups, y = np.repeat(np.arange(20), 4), rng.integers(3, size=80)
+    X = rng.standard_normal((3, 80, 6))
+    X[1] += y[:, None]
+    found = sweep.sweep(X, y, groups=groups, permutations=1, alpha=2.0)
+    splits = folds.folds_of(y, "balanced_accuracy", groups)
+    cells = found["nested_index"].values.tolist()
+    assert [f"layer {c}" for c in cells] == found["nested_cell"].values.tolist()
+    right = quick.held_out(X, y, splits, cells, alpha=2.0)
+    for (train, test), cell, score in zip(splits, cells, found["nested_score"].values):
+        probe = linear.ridge(2.0).fit(X[cell, train], y[train])
+        assert (right[test] == (probe.predict(X[cell, test]) == y[test])).all()
+        assert score == pytest.approx(np.mean([right[test][y[test] == c].mean() for c in range(3)]))
+    without = sweep.sweep(X, y, groups=groups, permutations=1, alpha=2.0, nested=False)
+    assert np.isnan(without["nested_score"].values).all()
+    assert np.allclose(without["score"], found["score"])
+    assert np.isnan(sweep.best(without)["nested_score"])
+
+
 def test_scores_are_those_of_the_splits_written_out():
     rng = np.random.default_rng(1)
     groups, y = np.repeat(np.arange(20), 4), rng.integers(3, size=80)
@@ -52,7 +73,7 @@ def test_the_best_of_many_layers_of_noise_is_not_a_finding():
     runs = 200
     for seed in range(runs):
         X, y = noise(seed)
-        found = sweep.sweep(X, y, groups=None, seed=seed)
+        found = sweep.sweep(X, y, groups=None, nested=False, seed=seed)
         claim = sweep.best_claim(found, "A layer encodes it.", "arXiv:1909.03368")
         supported += claim.verdict == "supported"
         assert (claim.verdict == "supported") == (sweep.best(found)["p"] <= 0.05)
@@ -67,7 +88,7 @@ def test_a_planted_feature_is_found_in_its_layer():
     for seed in range(20):
         X, y = noise(seed, n=120)
         X[5, :, 3] += 1.5 * y
-        found = sweep.sweep(X, y, groups=None, seed=seed)
+        found = sweep.sweep(X, y, groups=None, nested=False, seed=seed)
         top = sweep.best(found)
         right += top["cell"] == {"layer": 5} and top["p"] <= 0.05
         claim = sweep.best_claim(found, "A layer encodes it.", "arXiv:1909.03368")
@@ -101,10 +122,10 @@ def test_permuted_labels_keep_what_groups_explain():
     constant = np.array([0, 1, 0, 1, 1, 0])[blocks]
     varying = rng.integers(2, size=len(blocks))
     for _ in range(20):
-        moved = constant[sweep.shuffled(constant, blocks, rng)]
+        moved = constant[folds.shuffled(constant, blocks, rng)]
         assert all(len(np.unique(moved[blocks == b])) == 1 for b in range(6))
         assert sum(moved[blocks == b][0] for b in range(6)) == 3
-        within = varying[sweep.shuffled(varying, blocks, rng)]
+        within = varying[folds.shuffled(varying, blocks, rng)]
         assert all(within[blocks == b].sum() == varying[blocks == b].sum() for b in range(6))
 
 
@@ -126,8 +147,8 @@ def test_labelled_cells_keep_their_names_and_order_does_not_matter():
 def test_auc_counts_ties_as_half():
     decided = np.array([[0.0, 0.0, 1.0, 1.0, 2.0]])
     positive = np.array([[True, False, True, False, True]])
-    assert sweep.auc(decided, positive)[0] == roc_auc_score(positive[0], decided[0])
-    assert np.isnan(sweep.auc(decided, np.zeros((1, 5), bool))).all()
+    assert quick.auc(decided, positive)[0] == roc_auc_score(positive[0], decided[0])
+    assert np.isnan(quick.auc(decided, np.zeros((1, 5), bool))).all()
 
 
 def test_whole_numbers_are_classes_unless_said_otherwise():

@@ -60,7 +60,7 @@ def test_groups_that_two_data_sets_share_do_not_leak():
             {name: Labelled(X, y, groups) for name, X in zip("ab", sets)},
             {"means": linear.DifferenceOfMeans()}, permutations=19, resamples=2)
             for groups in (entity, None))
-        assert float(loose["score"].min()) > 0.85
+        assert float(loose["score"].min()) > 0.8
         gaps.append(float(kept["score"].sel(train="a", test="b")[0]) - 0.5)
     assert abs(np.mean(gaps)) < 0.12
 
