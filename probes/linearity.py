@@ -10,6 +10,7 @@ Cause     none: two clouds are compared
 from typing import Any, Optional, SupportsFloat, SupportsIndex
 
 import numpy as np
+import torch
 import xarray as xr
 from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
@@ -130,6 +131,83 @@ def measure(
     return Result(data, {"measure": "linearity", "folds": len(tests), "dropped": int(drop),
                          "ridge": float(ridge), "n_samples": X.shape[1], "d_model": X.shape[2],
                          "grouped": blocks is not None})
+
+
+def token_errors(
+    X: Float[np.ndarray, "sample d_model"],
+    Y: Float[np.ndarray, "sample d_model"],
+    *,
+    groups: Any,
+    folds: SupportsIndex = 5,
+    ridge: SupportsFloat = 1e-6,
+    drop: SupportsIndex = 0,
+    seed: SupportsIndex = 0,
+    device: Optional[str] = None,
+) -> xr.Dataset:
+    """How far every token is from the linear map that fits the tokens of other documents.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> X = rng.standard_normal((60, 3))
+        >>> Y = X @ rng.standard_normal((3, 3))
+        >>> Y[7] += 9
+        >>> found = token_errors(X, Y, groups=np.arange(60) // 6)
+        >>> int(found["error"].values.argmax())
+        7
+
+    Args:
+        groups: the document of every token. folds, ridge, seed: as in `measure`.
+        drop: coordinates of largest variance in Y to leave out of both clouds.
+        device: where to solve; normal equations in double precision.
+
+    Returns:
+        [sample]: `error`, the length of what is left, relative to the root mean square length of a
+        centered next state; `relative`, to that of the token's own; and the squares whose sums give
+        held-out scores: `left`, `spread` (of the next state) and `step_spread` (of what the block adds),
+        around the means of the training tokens. `fold` [sample]. The same map predicts the state and
+        what is added to it, so that 1 - left / spread and 1 - left / step_spread differ by their
+        denominators alone.
+
+    Source: arXiv:2502.15007; which normalization its token score uses is not known here.
+    """
+    if X.shape != Y.shape or X.ndim != 2:
+        raise ValueError(f"clouds of {X.shape} and {Y.shape}: give the same samples of both.")
+    if not (np.isfinite(X).all() and np.isfinite(Y).all()):
+        raise ValueError("the clouds hold values that are not numbers; leave those samples out.")
+    x, y = (torch.as_tensor(np.asarray(v), device=device).double() for v in (X, Y))
+    if int(drop):
+        kept = y.var(0).argsort()[: y.shape[1] - int(drop)].sort().values
+        x, y = x[:, kept], y[:, kept]
+    shift_x, shift_y = x.mean(0), y.mean(0)
+    x, y = x - shift_x, y - shift_y
+    fold = np.empty(len(x), dtype=int)
+    made = GroupKFold(int(folds), shuffle=True, random_state=int(seed))
+    for number, (_, test) in enumerate(made.split(X, groups=np.asarray(groups))):
+        fold[test] = number
+    names = ("left", "spread", "step_spread")
+    found = {name: np.empty(len(x)) for name in names}
+    total = (x.T @ x, x.T @ y, x.sum(0), y.sum(0))
+    for number in range(int(folds)):
+        test = torch.as_tensor(fold == number, device=x.device)
+        a, b = x[test], y[test]
+        n = len(x) - len(a)
+        xx, xy, sx, sy = (whole - part for whole, part in zip(total, (a.T @ a, a.T @ b, a.sum(0),
+                                                                      b.sum(0))))
+        mx, my = sx / n, sy / n
+        xx, xy = xx - n * torch.outer(mx, mx), xy - n * torch.outer(mx, my)
+        xx.diagonal().add_(float(ridge) * xx.trace() / len(xx))
+        map_ = torch.linalg.solve(xx, xy)
+        after, before = b - my, a - mx
+        rows = (after - before @ map_, after, after - before)
+        for name, row in zip(names, rows):
+            found[name][fold == number] = (row**2).sum(1).cpu().numpy()
+    scale = found["spread"].mean() or np.nan
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return xr.Dataset({
+            **{name: ("sample", values) for name, values in found.items()},
+            "error": ("sample", np.sqrt(found["left"] / scale)),
+            "relative": ("sample", np.sqrt(found["left"] / found["spread"])),
+            "fold": ("sample", fold)})
 
 
 @style()
