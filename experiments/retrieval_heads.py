@@ -225,9 +225,10 @@ def _sweeps(
 
 def control(found: Result, count: int) -> str:
     """What the random heads of a sweep share with the top ones."""
-    matched = bool(found["layer_matched"].sel(count=count))
-    return "random heads of the same layers, 5 sets" if matched else (
-        "as many random heads from any layer, 5 sets (the top heads fill their layers)")
+    sets = causal.random_sets(found, count)
+    many = f"{sets} different sets" if sets > 1 else "the only set there is"
+    return f"random heads of the same layers, {many}" if found["layer_matched"].sel(
+        count=count) else f"as many random heads from any layer, {many} (the top fills its layers)"
 
 
 def _causal(

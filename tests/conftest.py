@@ -7,13 +7,49 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import functools
+import inspect
+import typing
 from pathlib import Path
+from typing import Any
 
+import beartype
+import jaxtyping
 import pytest
 import torch
 import transformers as t
 
 torch.set_num_threads(1)
+
+_with_shapes = jaxtyping.jaxtyped
+
+
+def _names_axes(annotation: Any) -> bool:
+    """Whether an annotation has an array with named axes somewhere in it."""
+    if isinstance(annotation, str):  # a forward reference
+        return "[Tensor" in annotation or "[np.ndarray" in annotation
+    if inspect.isclass(annotation) and issubclass(annotation, jaxtyping.AbstractArray):
+        return True
+    return any(_names_axes(part) for part in typing.get_args(annotation) if part is not ...)
+
+
+def _checked(this: Any = None, *, typechecker: Any) -> Any:
+    """What `--jaxtyping-packages` puts on every function, without what costs time for nothing.
+
+    Only where shapes are named must the arguments of a call be held against each other; elsewhere
+    beartype alone makes the same checks. Closures are not checked: they would be decorated anew in
+    every call of the function that holds them. This halves the time of the test run.
+    """
+    if this is None:
+        return functools.partial(_checked, typechecker=typechecker)
+    if inspect.isfunction(this):
+        if "<locals>" in this.__qualname__:
+            return this
+        if not any(map(_names_axes, this.__annotations__.values())):
+            return beartype.beartype(this) if this.__annotations__ else this
+    return _with_shapes(this, typechecker=typechecker)
+
+
+jaxtyping.jaxtyped = _checked
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 

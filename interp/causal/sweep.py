@@ -257,6 +257,12 @@ def _controls(
                 for s in range(seeds)], False
 
 
+def random_sets(found: Result, count: SupportsIndex) -> int:
+    """How many different random sets stand behind a count: a small layer has few to draw from."""
+    drawn = found.manifest["random"]
+    return len({frozenset(drawn[f"{int(seed)}/{int(count)}"]) for seed in found["seed"].values})
+
+
 def difference(
     found: Result, metric: str, count: SupportsIndex, *, seed: SupportsIndex = 0
 ) -> Estimate:

@@ -69,6 +69,11 @@ def test_controls_are_in_the_manifest_match_the_layers_and_avoid_the_top(model, 
     for mark, names in found.manifest["random"].items():
         assert not set(names) & top and len(names) == int(mark.split("/")[1])
     assert found["layer_matched"].all()
+    assert sweep.random_sets(found, 1) > 1
+    # Three of six leave the other three, whatever is drawn.
+    alone = sweep.ablation_sweep(model, prompts(2), AnswerLogProb(answers[:2]),
+                                 [f"L1H{i}" for i in range(3)], counts=(3,), seeds=5)
+    assert alone["layer_matched"].all() and sweep.random_sets(alone, 3) == 1
     # Five heads of one layer of six cannot have five matched controls, and that is said.
     crowded = sweep.ablation_sweep(model, prompts(2), AnswerLogProb(answers[:2]),
                                    [f"L1H{i}" for i in range(5)], counts=(5,), seeds=5)

@@ -62,12 +62,12 @@ def test_the_reader_loses_needles_without_its_top_heads_and_not_without_random_o
     for by in ("zero", "uniform"):
         claim = found[retrieval_heads.causes(by, "decode")]
         assert claim.verdict == "supported" and claim.details["top"] < 0.2
-        assert claim.details["random"] > claim.details["top"] + 0.3
-        # Four of sixteen heads share a layer: the claim says that its control could not be matched.
-        assert "any layer" in claim.control
+        # The near heads of the same layer can be spared: the needle is answered without them.
+        assert claim.details["random"] > claim.details["top"] + 0.8
+        assert "heads of the same layers" in claim.control
     assert found[SENTENCES["area"]].verdict == "supported"
     assert found[SENTENCES["chance"]].verdict == "supported"
-    # A quarter of the heads of this small model: the paper's sparsity is not claimed for it.
+    # An eighth of the heads of this small model: the paper's sparsity is not claimed for it.
     assert found[SENTENCES["sparse"]].verdict == "refuted"
     assert "needs an extractive" in found[SENTENCES["extract"]].reason
     assert "two models of one shape" in found[SENTENCES["intrinsic"]].reason
