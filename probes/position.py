@@ -31,7 +31,7 @@ from interp.figures.style import color, style
 
 States = Union[Float[Tensor, "*layer position d_model"], Float[np.ndarray, "*layer position d_model"]]
 Against = Literal["triples", "next", "neighbor"]
-EXACT = 2**20
+EXACT = 2**16
 """Training sets of so many numbers are solved in float64, larger ones in float32."""
 
 

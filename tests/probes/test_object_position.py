@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from probes import linear
 from probes import object_position as objects
 
 IMAGES, EACH, D = 50, 3, 6
@@ -59,6 +60,16 @@ def test_mutual_position_is_found_where_it_was_planted():
     assert found["chosen"].values.tolist() == [2] * 5
     assert (found["nested"] == found["right"].sel(layer=2)).all()
     assert objects.gain(found, resamples=300).interval[0] > 0.15
+
+
+def test_the_quick_ridge_is_the_pipeline_s():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((60, 7)) * [1, 9, 0.1, 1, 1, 1, 1], rng.random(60) < 0.4
+    train, test = np.arange(40), np.arange(40, 60)
+    for width in (7, 3):
+        found = objects._ridge(x[:, :width], y, train, test)
+        expected = linear.ridge(width).fit(x[train, :width], y[train]).predict(x[test, :width])
+        assert np.array_equal(found, expected)
 
 
 def test_what_the_kinds_tell_is_no_position_of_the_states():

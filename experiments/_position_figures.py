@@ -1,0 +1,162 @@
+"""Figures of `position_probes`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from interp.core import Result, statistics
+from interp.figures import layer_curve
+from interp.figures.style import CYCLE, GRAY, PAGE, canvas, color
+from probes import position
+
+RELEASED = {
+    "none": (337.16, 286.43, 79.89, 16.93, 16.46, 20.96, 31.03, 133.30),
+    "learned": (11.24, 6.45, 7.64, 6.95, 8.82, 16.31, 28.88, 128.99),
+    "sinusoidal": (0.008, 0.009, 0.022, 0.253, 0.402, 1.30, 15.99, 92.10),
+    "ALiBi": (337.01, 331.35, 288.31, 183.51, 72.83, 52.66, 79.59, 170.57),
+}
+"""Mean distance in tokens of 1024 positions, 1.3 billion parameters: released results of the paper."""
+
+AFTER = (0, 1, 2, 4, 6, 11, 18, 24)
+BLOCK = "block (-1: what enters block 0)"
+
+
+def distance(found: Mapping[str, Result], name: str, control: str) -> Figure:
+    """Error by layer, beside the paper's."""
+    figure, (ax, paper) = canvas(1, 2, width=PAGE, height=2.7, sharey=True)
+    curves = {key: (one["mad_median"] / one["constant"].mean()).transpose("document", "layer")
+              for key, one in found.items()}
+    layer_curve.draw(ax, curves, label="distance / constant guess's", x=BLOCK, roles={
+        key: "control" for key in curves if key == control})
+    guess = found["random tokens"]
+    likeliest = guess["mad"].mean("document") / guess["constant"].mean()
+    ax.plot(likeliest["layer"], likeliest, ":", color=CYCLE[0], label="random tokens, most probable")
+    ax.legend(fontsize=6)
+    for each, other in ((ax, float(guess["uniform"].mean() / guess["constant"].mean())),
+                        (paper, 341.33 / 256)):
+        each.axhline(1.0, color=GRAY, linewidth=0.8, linestyle="--", zorder=0)
+        each.axhline(other, color=GRAY, linewidth=0.8, linestyle=":", zorder=0)
+        each.set_ylim(0, 1.45)
+    ax.set_title(f"{name}, probe of {int(guess.manifest['n_positions'])} positions")
+    for hue, (key, values) in zip(CYCLE, RELEASED.items()):
+        paper.plot(AFTER, np.array(values) / 256, "-o", color=hue, markersize=3, label=key)
+    paper.set_xlabel("after so many blocks")
+    paper.set_title("the paper's models, by position encoding")
+    paper.grid(True, axis="y")
+    paper.legend()
+    return figure
+
+
+def predicted(found: Result, name: str) -> Figure:
+    """Predicted against true position in the layer of least error."""
+    figure, ax = canvas(1, 1, width=PAGE * 0.5, height=2.6)
+    layer = int(found["layer"].values[int(found["mad"].mean("document").values.argmin())])
+    position.draw(found, ax, layer)
+    ax.set_title(f"{name}, block {layer}" if layer >= 0 else f"{name}, what enters block 0")
+    return figure
+
+
+def cosine(alike: Mapping[str, Result], name: str) -> Figure:
+    """Maps of similarity, of the deepest block common to all."""
+    figure, axes = canvas(1, len(alike), width=PAGE, height=2.4, squeeze=False)
+    for ax, (key, one) in zip(axes[0], alike.items()):
+        layer = int(one["layer"].values[1])
+        values = one["cosine"].sel(layer=layer, drop=True).values.copy()
+        n = len(values)
+        values[np.arange(n), np.arange(n)] = np.nan
+        reach = float(np.nanmax(np.abs(values)))
+        image = ax.imshow(values, cmap="RdBu_r", vmin=-reach, vmax=reach, extent=(0.5, n + 0.5, n + 0.5,
+                                                                                  0.5))
+        figure.colorbar(image, ax=ax, shrink=0.75, label="cosine" if key == list(alike)[-1] else "")
+        ax.set_title(f"{key.replace(', no', chr(10) + 'no', 1)}\n(block {layer})", fontsize=7)
+        ax.set_xlabel("position")
+        ax.set_ylabel("position" if ax is axes[0][0] else "")
+        marks = [1, n // 2, n]
+        ax.set_xticks(marks)
+        ax.set_yticks(marks)
+    figure.suptitle(name)
+    return figure
+
+
+def adjacency(alike: Mapping[str, Result], name: str, control: str) -> Figure:
+    """APS and R2 by layer."""
+    figure, (left, right) = canvas(1, 2, width=PAGE, height=2.7)
+    roles = {key: "control" for key in alike if key == control}
+    layer_curve.draw(left, {key: one["aps"].transpose("document", "layer")
+                            for key, one in alike.items()}, label="APS", x=BLOCK, roles=roles)
+    left.axhline(0.5, color=GRAY, linewidth=0.8, linestyle="--", zorder=0)
+    left.set_title(name)
+    for hue, (key, one) in zip(CYCLE, alike.items()):
+        hue = GRAY if key == control else hue
+        for what, dash in (("r2_cosine", "-"), ("r2_variance", ":")):
+            values = one[what].mean("document")
+            right.plot(values["layer"], values, dash, color=hue, marker="o", markersize=3)
+    right.plot([], [], "-", color=color("other"), label="from similarities")
+    right.plot([], [], ":", color=color("other"), label="from the variance")
+    right.axhline(0.0, color=GRAY, linewidth=0.8, linestyle="--", zorder=0)
+    right.set_ylim(-0.3, 1.0)
+    right.set_xlabel(BLOCK)
+    right.set_ylabel("$R^2$ of the position")
+    right.set_xticks(left.get_xticks())
+    right.set_xlim(left.get_xlim())
+    right.grid(True, axis="y")
+    right.legend()
+    return figure
+
+
+def objects(
+    boxes: Mapping[str, Result], mutual: Mapping[str, Result], untrained: Mapping[str, Result],
+    name: str,
+) -> Figure:
+    """Centers and mutual positions by layer."""
+    figure, (left, right) = canvas(1, 2, width=PAGE, height=2.7)
+    for hue, (axis, label) in zip(CYCLE, (("x", "across"), ("y", "down"))):
+        one = boxes[axis]["score"]
+        left.plot(one["layer"], one, "-o", color=hue, markersize=3, label=label)
+        low = boxes[axis]["null"].quantile(0.95, "permutation")
+        left.plot(low["layer"], low, "--", color=hue, linewidth=0.8)
+        if axis in untrained:
+            bare = untrained[axis]["score"]
+            left.plot(bare["layer"], bare, "-" if axis == "x" else "-.", color=GRAY)
+    left.plot([], [], "-", color=GRAY, label="untrained")
+    left.plot([], [], "--", color=CYCLE[0], linewidth=0.8, label="boxes shuffled (95 %)")
+    left.set_ylabel("$R^2$ of the center")
+    left.set_title(name)
+    for hue, key in zip(CYCLE, ("left", "above")):
+        one = mutual[key]
+        values = one["right"].astype(float).mean("pair")
+        right.plot(values["layer"], values, "-o", color=hue, markersize=3, label=f"further {key}"
+                   if key == "left" else "higher up")
+        right.axhline(float(one["by_kind"].mean()), color=hue, linestyle=":", linewidth=0.9)
+        if key in untrained:
+            bare = untrained[key]["right"].astype(float).mean("pair")
+            right.plot(bare["layer"], bare, "-" if key == "left" else "-.", color=GRAY)
+    right.plot([], [], ":", color=CYCLE[0], linewidth=0.9, label="kinds alone")
+    right.axhline(0.5, color=GRAY, linestyle="--", linewidth=0.8)
+    right.set_ylabel("accuracy on pairs")
+    right.set_ylim(0.4, 1.02)
+    for ax in (left, right):
+        ax.set_xlabel(BLOCK)
+        ax.set_xticks(boxes["x"]["layer"].values)
+        ax.grid(True, axis="y")
+        ax.legend()
+    return figure
+
+
+def contrast(found: Mapping[str, statistics.Estimate], name: str) -> Figure:
+    """Shares with their intervals."""
+    figure, ax = canvas(1, 1, width=PAGE * 0.45, height=2.4)
+    shown: list[Any] = list(found.values())
+    at = np.arange(len(shown))
+    gaps = [[one.value - one.interval[0], one.interval[1] - one.value] for one in shown]
+    ax.bar(at, [one.value for one in shown], 0.5, color=[CYCLE[0], CYCLE[1]][: len(shown)],
+           yerr=np.abs(np.array(gaps)).T, capsize=3)
+    ax.axhline(0.5, color=GRAY, linestyle="--", linewidth=0.8)
+    ax.set_xticks(at, [f"{key}\n(n = {one.n})" for key, one in found.items()])
+    ax.set_xlim(-0.6, len(shown) - 0.4)
+    ax.set_ylim(0, 1.05)
+    ax.set_ylabel("share of pairs")
+    ax.set_title(name)
+    return figure
