@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from interp.core import ModelRefused, Prompt, PromptError, Result
 from interp.core.prompt import Where
+from interp.core.site import check_layers
 from interp.figures.style import color, style
 from interp.models.logit_lens import early_logits
 from interp.models.model import Model
@@ -228,6 +229,7 @@ def mask_overlap(
     *,
     image: Where = "image",
     text: Optional[Where] = None,
+    layers: Optional[Sequence[SupportsIndex]] = None,
     sparsity: SupportsFloat = 0.5,
     seed: SupportsIndex = 0,
 ) -> Result:
@@ -242,6 +244,7 @@ def mask_overlap(
         (('layer', 'weight'), 0.333)
 
     Args:
+        layers: blocks to look at; all for None.
         sparsity: share of each row's weights that is left out (0.3 or 0.5 in the paper).
 
     Returns:
@@ -259,7 +262,8 @@ def mask_overlap(
     other = given if texts is None else list(texts)
     where = {"image": [p.positions(image) for p in given],
              "text": [_text(p, None if texts is not None else image, text) for p in other]}
-    blocks = model._engine("hf").blocks
+    numbers = list(check_layers(None if layers is None else [int(x) for x in layers], model.n_layers))
+    blocks = [model._engine("hf").blocks[number] for number in numbers]
     maps = [{name: part for name, part in block.module.named_modules() if isinstance(part, nn.Linear)}
             for block in blocks]
     if not all(maps):
@@ -302,7 +306,7 @@ def mask_overlap(
                 table[key][layer, at] = float((mine & theirs).sum() / (mine | theirs).sum())
     s = float(sparsity)
     data = xr.Dataset({key: (("layer", "weight"), values) for key, values in table.items()},
-                      {"layer": np.arange(len(maps)), "weight": names})
+                      {"layer": numbers, "weight": names})
     data["random"] = (1 - s) / (1 + s)
     return Result(data, {**model.manifest(), "measure": "mask_overlap", "sparsity": s,
                          "prompts": [p.digest() for p in given]})

@@ -14,6 +14,7 @@ from typing import Any, Optional, SupportsIndex
 import numpy as np
 import pandas as pd
 import torch
+import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 from sklearn.base import BaseEstimator
@@ -102,8 +103,8 @@ class TokenClasses(BaseEstimator):
             images: the image of every token. places: its place there.
             received: attention that each token receives. sinks: tokens known to be sinks (by their
                 massive coordinates, say).
-            uniform: which tokens are of images without content (black, noise, one color): dead
-                landmarks must be at least as frequent there.
+            uniform: which tokens are of images without content (black, noise, one color). Landmarks
+                are found in the others; dead ones must be at least as frequent in these.
 
         Raises:
             ValueError: fewer than two images, lengths that differ, settings that are not known.
@@ -120,22 +121,29 @@ class TokenClasses(BaseEstimator):
             raise ValueError("constant='same place' needs places= for every token.")
         self.embeddings_, self.silhouette_ = torch.as_tensor(embeddings).detach(), float("nan")
         self.centers_: Optional[np.ndarray] = None
+        more = {n: None if v is None else _column(v, len(x), n) for n, v in (
+            ("places", places), ("received", received), ("sinks", sinks), ("uniform", uniform))}
+        plain = np.zeros(len(x), bool) if more["uniform"] is None else more.pop("uniform").astype(bool)
+        more.pop("uniform", None)
+        empty, real = x[plain], ~plain
+        x, image = x[real], image[real]
+        kept = {n: None if v is None else v[real] for n, v in more.items()}
+        if self.landmarks is None and len(np.unique(image)) < 2:
+            raise ValueError("landmarks are constant over images: give tokens of two or more.")
         ids = nearest_words(x, self.embeddings_, self.k)[1]
         if self.landmarks is not None:
             released = {int(i): kind for kind in ("dead", "sink") for i in self.landmarks.get(kind, ())}
             members = {i: (ids == i).any(1) for i in released}
             self.groups_ = "released"
         else:
-            if len(np.unique(image)) < 2:
-                raise ValueError("landmarks are constant over images: give tokens of two or more.")
             released, members = {}, self._words(ids, image) if self.groups != "clusters" else {}
             self.groups_ = "words"
             if not members and self.groups != "words":
                 members = self._clusters(x)
                 self.groups_ = "clusters" if members else NO_GROUPS
-        more = [None if v is None else _column(v, len(x), n) for v, n in (
-            (places, "places"), (received, "received"), (sinks, "sinks"), (uniform, "uniform"))]
-        rows = {i: self._row(mine, x, image, *more) for i, mine in members.items()}
+        share = {i: float((self._nearest(empty) == i).any(1).mean()) if len(empty) else float("nan")
+                 for i in members}
+        rows = {i: self._row(mine, x, image, share[i], **kept) for i, mine in members.items()}
         table = pd.DataFrame.from_dict(rows, orient="index", columns=[
             "kind", "share", "images", "entropy", "cosine", "cosine_same_place", "received", "uniform",
             "origin"])
@@ -147,16 +155,18 @@ class TokenClasses(BaseEstimator):
     def predict(self, X: Any) -> np.ndarray:
         """The class of every token: a `sink` before `dead` before `alive`."""
         check_is_fitted(self, "landmarks_")
-        x = _matrix(X)
-        if self.centers_ is not None:
-            own = cosine_neighbors(x, self.centers_, 1)[1].numpy()
-        else:
-            own = nearest_words(x, self.embeddings_, self.k)[1]
-        found = np.full(len(x), "alive", dtype="<U5")
+        own = self._nearest(_matrix(X))
+        found = np.full(len(own), "alive", dtype="<U5")
         for kind in ("dead", "sink"):
             marked = self.landmarks_.index[self.landmarks_["kind"] == kind]
             found[np.isin(own, marked.to_numpy(dtype=int)).any(1)] = kind
         return found
+
+    def _nearest(self, x: np.ndarray) -> np.ndarray:
+        """The words (or the cluster) next to every token."""
+        if self.centers_ is not None:
+            return cosine_neighbors(x, self.centers_, 1)[1].numpy()
+        return nearest_words(x, self.embeddings_, self.k)[1]
 
     def _words(self, ids: np.ndarray, image: np.ndarray) -> dict[int, np.ndarray]:
         found, enough = {}, self.min_images * len(np.unique(image))
@@ -188,8 +198,8 @@ class TokenClasses(BaseEstimator):
         return {int(c): own == c for c in np.unique(own)}
 
     def _row(
-        self, mine: np.ndarray, x: np.ndarray, image: np.ndarray, places: Any, received: Any,
-        sinks: Any, uniform: Any,
+        self, mine: np.ndarray, x: np.ndarray, image: np.ndarray, plain: float, places: Any,
+        received: Any, sinks: Any,
     ) -> list[Any]:
         nothing = float("nan")
         if not mine.any():
@@ -201,7 +211,6 @@ class TokenClasses(BaseEstimator):
         times = nothing
         if received is not None and np.isfinite(received).any() and np.nanmedian(received) > 0:
             times = float(np.nanmean(received[mine]) / np.nanmedian(received))
-        plain = nothing if uniform is None or not uniform.any() else float(mine[uniform].mean())
         norm = np.linalg.norm(x, axis=1)
         outlier = norm[mine].mean() > norm.mean() + 2 * norm.std()
         is_sink = times >= self.sink_ratio or sinks is not None and sinks[mine].mean() >= 0.5
@@ -216,7 +225,7 @@ class TokenClasses(BaseEstimator):
 def measure(
     model: Model, prompts: Sequence[Prompt], classes: Optional[TokenClasses] = None,
     *, image: str = "image", sinks: Optional[Sequence[Sequence[SupportsIndex]]] = None,
-    uniform: Sequence[SupportsIndex] = (),
+    uniform: Sequence[SupportsIndex] = (), tokens: Optional[xr.Dataset] = None,
 ) -> Result:
     """Nearest words and class of every visual token, with landmarks found in the prompts' images.
 
@@ -231,8 +240,8 @@ def measure(
     Args:
         classes: settings, or a fitted `TokenClasses`, which is then taken as it is.
         sinks: positions of known sinks in every prompt.
-        uniform: numbers of the prompts whose images have no content; their tokens are left out of
-            all shares but the one of uniform images.
+        uniform: numbers of the prompts whose images have no content.
+        tokens: what `visual_tokens` found for these prompts, where it has been run before.
 
     Returns:
         What `visual_tokens` returns without the states; `word`, `cosine` [sample, neighbor], `kind`
@@ -240,7 +249,7 @@ def measure(
 
     Source: arXiv:2603.00510.
     """
-    tokens = visual_tokens(model, prompts, image)
+    tokens = visual_tokens(model, prompts, image) if tokens is None else tokens
     table, x = word_embeddings(model), tokens["state"].values
     made = TokenClasses() if classes is None else classes
     if not hasattr(made, "landmarks_"):

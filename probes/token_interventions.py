@@ -220,8 +220,8 @@ def skip(
 
 def enter_late(
     model: Model, prompts: Sequence[Prompt], answers: Sequence[SupportsIndex], *,
-    layers: Optional[Sequence[SupportsIndex]] = None, image: str = "image", match_norm: bool = False,
-    other: Optional[Sequence[Prompt]] = None,
+    layers: Optional[Sequence[SupportsIndex]] = None, image: str = "image",
+    other: Optional[Sequence[Any]] = None,
 ) -> Result:
     """Answers where the visual tokens are not there before some block, and then as they came.
 
@@ -231,52 +231,51 @@ def enter_late(
         >>> prompt = Prompt.from_tokens(range(3, 12), {"image": (1, 7)})
         >>> found = enter_late(model, [prompt], [5])
         >>> found["correct"].dims, found["layer"].values.tolist()
-        (('prompt', 'layer'), [0, 1, 2])
+        (('prompt', 'condition', 'layer'), [0, 1, 2])
 
     Args:
         layers: blocks to enter at; all for None. Block 0 is the plain model.
-        match_norm: give the tokens the mean norm that they would have there.
-        other: a prompt each with as many image tokens, whose pictures enter instead: the control.
+        other: for every prompt the tokens `[token, d_model]` of another picture, as many: the control.
 
     Returns:
-        `correct`, `probability` [prompt, layer]. Position ids are those of the whole prompt (the
-        released code numbers the text anew before the picture enters).
+        `correct`, `probability` [prompt, condition, layer]: the tokens enter "as they came", "resized"
+        to the mean norm that they would have there, and, if given, those of the "other" picture.
+        Position ids are those of the whole prompt (the released code numbers the text anew before the
+        picture enters).
 
     Source: arXiv:2603.00510 (`vision_entry_layer`, which no released script uses).
     """
-    given = _check(prompts, answers, {})
+    given = _check(prompts, answers, {} if other is None else {"other": other})
     numbers = [int(x) for x in (range(model.n_layers) if layers is None else layers)]
-    table = {name: np.full((len(given), len(numbers)), np.nan) for name in _NUMBERS}
+    names = ["as they came", "resized", *(["other"] if other is not None else [])]
+    table = {name: np.full((len(given), len(names), len(numbers)), np.nan) for name in _NUMBERS}
     for number, prompt in enumerate(given):
         base, places = model.resumable(prompt), list(removable_tokens(prompt, image))
         raw = base.hidden[0][places]
+        entering = [raw, raw]
         if other is not None:
-            theirs = list(removable_tokens(other[number], image))
-            if len(theirs) != len(places):
+            entering.append(torch.as_tensor(other[number]).to(raw))
+            if entering[-1].shape != raw.shape:
                 raise PromptError(
-                    f"prompt {number} has {len(places)} image tokens, but the one to take its picture "
-                    f"from has {len(theirs)}."
+                    f"prompt {number} has {len(places)} image tokens, but {len(other[number])} of "
+                    "another picture are to enter."
                 )
-            raw = torch.as_tensor(model.run(other[number], read="embed", logits="none").reads[
-                "embed"].values[0][theirs]).to(raw)
         text = [p for p in range(len(prompt)) if p not in set(places)]
         for i, layer in enumerate(numbers):
             there = base.hidden[0][text]
             if layer:
                 there = base.replay(0, torch.tensor([text]), until=layer)[0]
-            entering = raw
-            if match_norm:
-                resident = base.hidden[layer][places]
-                entering = raw * (resident.norm(dim=-1).mean() / raw.norm(dim=-1).mean())
-            hidden = torch.empty_like(base.hidden[layer])
-            hidden[text], hidden[places] = there.to(hidden), entering.to(hidden)
-            row = base.replay(layer, torch.arange(len(prompt))[None], hidden=hidden[None])[0]
-            _write(table, (number, i), row, int(answers[number]), 0)
+            entering[1] = raw * (base.hidden[layer][places].norm(dim=-1).mean()
+                                 / raw.norm(dim=-1).mean())
+            hidden = base.hidden[layer].new_empty(len(names), *base.hidden[layer].shape)
+            hidden[:, text], hidden[:, places] = there.to(hidden), torch.stack(entering).to(hidden)
+            rows = torch.arange(len(prompt)).expand(len(names), -1)
+            for j, row in enumerate(base.replay(layer, rows, hidden=hidden)):
+                _write(table, (number, j, i), row, int(answers[number]), 0)
     table.pop("removed")
-    data = xr.Dataset({name: (("prompt", "layer"), values) for name, values in table.items()},
-                      {"layer": numbers})
-    return Result(data, {**model.manifest(), "measure": "enter_late", "match_norm": match_norm,
-                         "of_other_pictures": other is not None, "position_ids": "kept",
+    data = xr.Dataset({name: (("prompt", "condition", "layer"), v) for name, v in table.items()},
+                      {"layer": numbers, "condition": names})
+    return Result(data, {**model.manifest(), "measure": "enter_late", "position_ids": "kept",
                          "prompts": [p.digest() for p in given]})
 
 
@@ -294,7 +293,7 @@ def _check(prompts: Sequence[Prompt], answers: Any, sets: Sets) -> list[Prompt]:
 
 
 def _write(
-    table: dict[str, np.ndarray], at: tuple[int, int], row: Tensor, answer: int, size: int
+    table: dict[str, np.ndarray], at: tuple[int, ...], row: Tensor, answer: int, size: int
 ) -> None:
     scores = row.float().cpu()
     table["correct"][at] = float(int(scores.argmax()) == answer)

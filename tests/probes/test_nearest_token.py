@@ -224,15 +224,21 @@ def test_skipped_updates_leave_the_residual_stream_as_it_was(model, asked):
 def test_entering_at_block_0_is_the_model_and_late_text_does_not_see_the_picture(model, asked):
     found = enter_late(model, asked, [9, 10, 11], layers=[0, 3])
     plain = [model.run(p, logits="last").logits[0][-1].softmax(-1) for p in asked]
-    assert np.allclose(found["probability"].values[:, 0],
-                       [float(row[a]) for row, a in zip(plain, (9, 10, 11))], atol=1e-5)
+    first = [float(row[a]) for row, a in zip(plain, (9, 10, 11))]
+    for condition in ("as they came", "resized"):
+        assert np.allclose(found["probability"].sel(condition=condition, layer=0), first, atol=1e-4)
     # Before it enters, the picture is nowhere: with another one's tokens all that differs is these.
-    other = enter_late(model, asked, [9, 10, 11], layers=[0, 3], other=[asked[1], asked[2], asked[0]])
+    states = [model.run(p, read="embed", logits="none").reads["embed"].values[0][
+        list(p.positions("image"))] for p in asked]
+    other = enter_late(model, asked, [9, 10, 11], layers=[0, 3], other=[*states[1:], states[0]])
     swapped = model.run(Prompt(asked[0].ids, asked[0].segments, inputs=asked[1].inputs),
                         logits="last").logits[0][-1].softmax(-1)
-    assert other["probability"].values[0, 0] == pytest.approx(float(swapped[9]), abs=1e-5)
-    matched = enter_late(model, asked[:1], [9], layers=[0], match_norm=True)
-    assert matched["probability"].values[0, 0] == pytest.approx(float(plain[0][9]), abs=1e-4)
+    assert other["probability"].values[0, 2, 0] == pytest.approx(float(swapped[9]), abs=1e-5)
+    assert np.allclose(other["probability"].values[:, :2], found["probability"], atol=1e-5)
+    same = enter_late(model, asked, [9, 10, 11], layers=[0, 3], other=states)["probability"]
+    assert np.allclose(same.sel(condition="other"), same.sel(condition="as they came"), atol=1e-5)
+    with pytest.raises(PromptError, match="36 image tokens, but 4"):
+        enter_late(model, asked[:1], [9], other=[states[0][:4]])
     base = model.resumable(asked[0])
     text = [p for p in range(len(asked[0])) if p not in asked[0].positions("image")]
     at_3 = base.replay(0, torch.tensor([text]), until=3)[0]
