@@ -7,7 +7,7 @@ import xarray as xr
 
 from experiments import _passages, _texts
 from experiments._paper import Settings
-from experiments._word_classes import is_function, kinds
+from experiments._word_classes import english, is_function, kinds
 from interp.core import Prompt
 from interp.organisms import reader
 from probes.token_loss import token_losses
@@ -30,7 +30,7 @@ def removal(
     """
     items, target = _items(model, settings)
     if not items:
-        return None, f"{model.name} reads neither the reader's language nor English"
+        return None, f"{model.name} reads neither the reader's language nor words of English"
     rng = settings.rng(6)
     rows = {name: [] for name in ("whole", "function", "content", "removed")}
     for context, free, answer in items:
@@ -57,14 +57,14 @@ def _items(model: Any, settings: Settings) -> tuple[list[Item], str]:
     rng = settings.rng(7)
     if _texts.knows(model, reader):
         made = []
-        for _ in range(settings.pick(40, tiny=10)):
-            found = reader.needle(settings.pick(128, tiny=64), float(rng.uniform(0.1, 0.9)), rng,
-                                  distractors=settings.pick(5, tiny=2))
+        for _ in range(settings.pick(24, tiny=8)):
+            found = reader.needle(settings.pick(256, tiny=64), float(rng.uniform(0.1, 0.9)), rng,
+                                  distractors=settings.pick(12, tiny=2))
             kept = {0, *range(*found.segments["needle"]), *range(*found.segments["question"])}
             free = [p for p in range(len(found.tokens)) if p not in kept]
             made.append((list(found.tokens), free, list(found.answers["context"])))
         return made, "the answer to a question on a fact in the context"
-    if not _passages.readable(model):
+    if not english(model):
         return [], ""
     made = []
     most = (model.max_positions or 1024) // 2

@@ -38,7 +38,7 @@ def kinds(model: Any, ids: Sequence[int]) -> np.ndarray:
         made[:] = ["function" if word in reader.TRIGGERS else "punctuation" if word in DELIMITERS
                    else "" if word.startswith("<") else "content" for word in words]
         return made
-    if not _passages.readable(model):
+    if not english(model):
         return made
     pieces = [str(piece) for piece in model.tokenizer.convert_ids_to_tokens([int(i) for i in ids])]
     special = set(model.tokenizer.all_special_ids)
@@ -57,6 +57,16 @@ def kinds(model: Any, ids: Sequence[int]) -> np.ndarray:
             not marked or piece.startswith(STARTS) or at <= 1)
         made[at] = "function" if starts and ends and text.lower() in ENGLISH else "content"
     return made
+
+
+def english(model: Any) -> bool:
+    """Whether a model's tokens are words or pieces of words of English, not single letters."""
+    if not _passages.readable(model) or _texts.knows(model, reader):
+        return False
+    pieces = model.tokenizer.convert_ids_to_tokens(model.tokenizer("the history of a lighthouse")[
+        "input_ids"])
+    return any(len(str(piece)) > 1 and str(piece).lstrip("".join(STARTS)) in ("the", "history", "of")
+               for piece in pieces)
 
 
 DELIMITERS = ("note", "recall", ";")

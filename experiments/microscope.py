@@ -30,19 +30,20 @@ PAPER = Paper(
     ("2502.15007", "2405.12250"),
     "How linear is every block, and which tokens carry the text before them?",
     figures={
-        "linearity": "Share of variance that one linear map predicts, on texts it was not fitted on, for the "
-        "state and for what the block adds. Gray: in sample, and random weights held out.",
-        "tokens": "Length of what the linear map leaves of every token of one text, by block; a cross under "
-        "function words and punctuation.",
-        "contextualization": "Proxy for the context a token carries: mean cost of naming the tokens before it "
-        "from its state, by class of token; low is much context. Gray: from what enters block 0.",
+        "linearity": "Share of variance that one linear map predicts, on texts it was not fitted on, "
+        "for the state and for what the block adds. Gray: in sample, and random weights held out.",
+        "tokens": "Length of what the linear map leaves of every token of one text, by block; a "
+        "cross at function words and punctuation.",
+        "contextualization": "Proxy for the context a token carries: mean cost of naming the tokens "
+        "before it from its state, by class of token; low is much context. Gray: from what "
+        "enters block 0.",
         "scatter": "The same proxy against the token's distance from the linear maps.",
-        "lens": "Most likely next token after every block by the model's own norm and head; color: its "
-        "probability.",
-        "clouds": "Intrinsic dimension (TwoNN on the smallest fifth of the ratios) and share of variance on "
-        "the longest axis, by layer.",
-        "removal": "What taking function words and punctuation out of the context costs, against as many "
-        "content tokens taken out at random.",
+        "lens": "Most likely next token after every block by the model's own norm and head; color: "
+        "its probability.",
+        "clouds": "Intrinsic dimension (TwoNN on the smallest fifth of the ratios) and "
+        "share of variance on the longest axis, by layer.",
+        "removal": "What taking function words and punctuation out of the context costs, against as "
+        "many content tokens taken out at random.",
     },
     models=("reader",),
 )
@@ -63,19 +64,20 @@ class Microscope(Subject):
         "correlation": ("Tokens that carry much context (proxy) pass the blocks more linearly.", LLM),
         "function": ("Function words and punctuation carry the most context (proxy), at matched "
                      "positions.", LLM),
-        "gain": ("The blocks add more context (proxy) to function words and punctuation than to content "
-                 "words, beyond what the tokens themselves tell.", OWN),
-        "removal": ("Taking function words and punctuation out of the context hurts more than taking out "
-                    "as many content tokens.", LLM),
+        "gain": ("The blocks add more context (proxy) to function words and punctuation "
+                 "than to content words, beyond what the tokens themselves tell.", OWN),
+        "removal": ("Taking function words and punctuation out of the context hurts more than taking "
+                    "out as many content tokens.", LLM),
         "judged": ("MMLU and BABILong get worse even where a language model judged the removed tokens "
                    "irrelevant.", LLM),
     }
     numbers = {"function": ("direction only", "paper")}
 
     def run(self) -> None:
-        self.skip("neither the benchmarks nor the other model's judgment come with this package", "judged")
+        self.skip("neither the benchmarks nor the other model's judgment come with this package",
+                  "judged")
         if self.model.kind != "decoder":
-            self.give_up(f"{self.model.name} is an encoder: its tokens carry the text after them as well")
+            self.give_up(f"{self.model.name} is an encoder: its tokens carry what follows them as well")
             return
         self.prompts, self.what = texts(self.model, self.settings)
         self.out.record(prompts=self.prompts, name=f"texts-{self.model.name}")
@@ -105,7 +107,7 @@ class Microscope(Subject):
     def resamples(self) -> int:
         return self.settings.pick(2000, tiny=500)
 
-    # -- states ----------------------------------------------------------------------------------------
+    # -- states ------------------------------------------------------------------------------
 
     def _states(self) -> None:
         """Everything that is read from states, block by block: few layers are held at a time."""
@@ -165,12 +167,13 @@ class Microscope(Subject):
         made = xr.concat([one.drop_vars("fold") for one in self.lines], "layer")
         made = made.assign(cost=("sample", self.cost), prior=("sample", self.prior),
                            cost_entering=("sample", self.entering), kind=("sample", self.names))
-        made = made.assign_coords(document=("sample", self.document), position=("sample", self.position))
+        made = made.assign_coords(document=("sample", self.document),
+                                  position=("sample", self.position))
         self.out.save(f"tokens-{self.model.name}", Result(made, {
             "measure": "microscope", "texts": self.what, "proxy layers": self.read,
             "proxy offsets": contextualization.OFFSETS, **self.model.manifest()}))
 
-    # -- linearity ---------------------------------------------------------------------------------------
+    # -- linearity ---------------------------------------------------------------------------
 
     def _sums(self, name: str) -> Float[np.ndarray, "document layer"]:
         """A squared length summed over the tokens of every text."""
@@ -212,7 +215,7 @@ class Microscope(Subject):
                                "adds less variance than its output has, in random models too",
                        "step / state": np.sqrt(step.sum(0) / spread.sum(0)).round(3).tolist()})
 
-    # -- what tokens carry -------------------------------------------------------------------------------
+    # -- what tokens carry -------------------------------------------------------------------
 
     def _contextual(self) -> None:
         known = np.isfinite(self.cost) & np.isfinite(self.entering)
@@ -241,7 +244,7 @@ class Microscope(Subject):
             return
         for key, values in (("function", self.cost), ("gain", self.cost - self.entering)):
             gap, p = matched(values[usable], function[usable], self.document[usable],
-                             self.position[usable] // BIN, self.settings.pick(1000, tiny=200),
+                             self.position[usable] // BIN, self.settings.pick(500, tiny=100),
                              self.settings.seed)
             if len(gap) < statistics.FEWEST:
                 self.skip("hardly any text has tokens of both classes near each other", key)
@@ -252,6 +255,9 @@ class Microscope(Subject):
                            "p of labels permuted within them": p,
                            **{name: float(values[usable & (self.names == name)].mean())
                               for name in np.unique(self.names[usable])},
+                           "beyond frequencies": float(np.mean(matched(
+                               (self.cost - self.prior)[usable], function[usable],
+                               self.document[usable], self.position[usable] // BIN, 0, 0)[0])),
                            "cost by frequencies alone": float(self.prior[known].mean()),
                            "layers": self.read, "proxy": "linear probes"})
 

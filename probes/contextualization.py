@@ -16,12 +16,14 @@ from typing import Any, SupportsFloat, SupportsIndex
 import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from scipy.special import logsumexp
 from sklearn.model_selection import GroupKFold
 
 OFFSETS = (1, 2, 4)
 FEWEST = 4
 """Training samples that a token needs to be a class of the probe."""
+SOFTER = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0, 50.0, 1000.0)
+"""What discriminants may be divided by; the last leaves nothing but frequencies."""
 
 
 def proxy(
@@ -48,7 +50,8 @@ def proxy(
         before: ids of the tokens at some distances before every sample's; -1 where there is none.
         groups: the document of every sample: probes are fitted on other documents.
         classes: how many of the most common tokens are told apart; others are not scored.
-        shrinkage: of the probes' covariance (linear discriminant analysis).
+        shrinkage: of the probes' covariance (linear discriminant analysis, whose confidence is set on
+            documents of the training folds).
 
     Returns:
         [sample]: `cost`, `prior` (the same by the tokens' frequencies alone), means over the
@@ -67,7 +70,7 @@ def proxy(
     made = GroupKFold(int(folds), shuffle=True, random_state=int(seed))
     for train, test in made.split(states, groups=groups):
         for offset in range(before.shape[1]):
-            _score(states, before[:, offset], train, test, int(classes), float(shrinkage),
+            _score(states, before[:, offset], groups, train, test, int(classes), float(shrinkage),
                    cost[:, offset], prior[:, offset])
     known = np.isfinite(cost)
     count = np.where(known.any(1), known.sum(1), np.nan)
@@ -92,8 +95,8 @@ def tokens_before(
 
 
 def _score(
-    states: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, classes: int,
-    shrinkage: float, cost: np.ndarray, prior: np.ndarray,
+    states: np.ndarray, labels: np.ndarray, documents: np.ndarray, train: np.ndarray,
+    test: np.ndarray, classes: int, shrinkage: float, cost: np.ndarray, prior: np.ndarray,
 ) -> None:
     """Fill the cost of one distance for the samples of one fold."""
     kinds, count = np.unique(labels[train], return_counts=True)
@@ -103,10 +106,55 @@ def _score(
     if len(kinds) < 2 or not len(asked) or len(fit) <= len(kinds):
         return
     mean, scale = states[fit].mean(0), states[fit].std(0)
-    scale = np.where(scale > 1e-12, scale, 1.0)
-    probe = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage)
-    probe.fit((states[fit] - mean) / scale, labels[fit])
-    at = np.searchsorted(probe.classes_, labels[asked])
-    given = probe.predict_log_proba((states[asked] - mean) / scale)
-    cost[asked] = -np.maximum(given[np.arange(len(asked)), at], -50.0)
-    prior[asked] = -np.log(probe.priors_[at])
+    x = (states - mean) / np.where(scale > 1e-12, scale, 1.0)
+    kinds = np.sort(kinds)
+    # Discriminants are too sure of themselves: by how much is told by half of the fitted documents.
+    half = np.isin(documents[fit], np.unique(documents[fit])[::2])
+    parts = (fit[half], fit[~half])
+    costs = np.zeros(len(SOFTER))
+    for own, other in (parts, parts[::-1]):
+        common = np.intersect1d(np.unique(labels[own]), kinds)
+        tried = other[np.isin(labels[other], common)]
+        if len(common) < 2 or len(own) <= len(common) or not len(tried):
+            continue
+        given = discriminants(x[own], labels[own], x[tried], shrinkage)
+        at = np.searchsorted(common, labels[tried])
+        costs += [-_log_shares(*given, soft)[np.arange(len(tried)), at].mean() for soft in SOFTER]
+    soft = SOFTER[int(costs.argmin())]
+    evidence, shares = discriminants(x[fit], labels[fit], x[asked], shrinkage)
+    at = np.searchsorted(kinds, labels[asked])
+    cost[asked] = -_log_shares(evidence, shares, soft)[np.arange(len(asked)), at]
+    prior[asked] = -np.log(shares[at])
+
+
+def discriminants(
+    x: Float[np.ndarray, "sample feature"], labels: Int[np.ndarray, "sample"],
+    asked: Float[np.ndarray, "target feature"], shrinkage: SupportsFloat,
+) -> tuple[Float[np.ndarray, "target class"], Float[np.ndarray, "class"]]:
+    """Linear discriminants of asked samples without the classes' frequencies, and these.
+
+    Example:
+        >>> x, labels = np.array([[0.0], [1.0], [4.0], [5.0]]), np.array([3, 3, 8, 8])
+        >>> evidence, shares = discriminants(x, labels, np.array([[4.2]]), 0.0)
+        >>> int(evidence[0].argmax()), shares.tolist()
+        (1, [0.5, 0.5])
+
+    With log frequencies added and normalized they are the log probabilities of scikit-learn's
+    `LinearDiscriminantAnalysis(solver="lsqr", shrinkage=...)`, which visits its classes one by one.
+    """
+    kinds, member = np.unique(labels, return_inverse=True)
+    count = np.bincount(member)
+    means = np.zeros((len(kinds), x.shape[1]))
+    np.add.at(means, member, x)
+    means /= count[:, None]
+    within = (x.T @ x - means.T @ (means * count[:, None])) / len(x)
+    within *= 1 - float(shrinkage)
+    within.flat[:: len(within) + 1] += float(shrinkage) / (1 - float(shrinkage)) * np.trace(
+        within) / len(within) if float(shrinkage) < 1 else 1.0
+    weights = np.linalg.lstsq(within, means.T, rcond=None)[0]
+    return asked @ weights - 0.5 * (means.T * weights).sum(0), count / len(x)
+
+
+def _log_shares(evidence: np.ndarray, shares: np.ndarray, soft: float) -> np.ndarray:
+    rows = evidence / soft + np.log(shares)
+    return rows - logsumexp(rows, axis=1, keepdims=True)
