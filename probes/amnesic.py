@@ -27,6 +27,7 @@ from probes.nulls import EMBEDDING, Places, places_of
 
 METRICS = ("log_prob", "accuracy", "logit_difference")
 CONTROLS = 20
+KINDS = ("projection", "rotation")
 Variants = Callable[[int, Float[np.ndarray, "position d_model"]],
                     Float[np.ndarray, "variant position d_model"]]
 
@@ -42,8 +43,10 @@ def amnesic(
     others: Optional[Sequence[SupportsIndex]] = None,
     metric: Literal["log_prob", "accuracy", "logit_difference"] = "log_prob",
     controls: SupportsIndex = CONTROLS,
+    kinds: Sequence[str] = KINDS,
     seed: SupportsIndex = 0,
     batch_size: int = 32,
+    bases: Optional[Sequence[Any]] = None,
 ) -> Result:
     """The answer with a concept erased from the output of one block, and with random erasures.
 
@@ -57,10 +60,11 @@ def amnesic(
             empty list.
         metric: of the last row: log probability of the answer (nats), whether it is the likeliest
             token, or its logit minus the other's.
-        controls: how many erasures of each of two kinds. "projection" takes out as many random
+        controls: how many erasures of each of the `kinds`. "projection" takes out as many random
             directions; "rotation" makes a change of exactly the same size at every position, in
             directions turned at random, so that it cannot do less harm for being smaller.
         batch_size: variants at a time.
+        bases: `resumables` of these prompts, where several layers are tried.
 
     Returns:
         [prompt]: `clean`, `erased`; [kind, control, prompt]: `random`; [prompt] `change`, the norm of
@@ -75,6 +79,8 @@ def amnesic(
     """
     check_is_fitted(eraser)
     given, number = list(prompts), int(controls)
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise ValueError(f"kinds of controls are {', '.join(KINDS)}, not {tuple(kinds)}.")
     if number < 1:
         raise ValueError("an erasure without a control shows nothing: controls must be at least 1.")
     measure = _metric(metric, given, answers, others)
@@ -82,25 +88,28 @@ def amnesic(
     rank = eraser.rank_
     drawn = [RandomProjection(rank=rank, seed=int(seed) * 100_003 + i).fit(eraser.mean_[None])
              for i in range(number)]
-    turns = [_rotation(len(eraser.mean_), int(seed) * 100_003 + i) for i in range(number)]
+    turns = [_rotation(len(eraser.mean_), int(seed) * 100_003 + i)
+             for i in range(number if "rotation" in kinds else 0)]
     changes = np.full(len(given), np.nan)
 
     def variants(i: int, states: np.ndarray) -> np.ndarray:
         if not len(states):
-            return np.repeat(states[None], 2 + 2 * number, 0)
+            return np.repeat(states[None], 2 + len(kinds) * number, 0)
         # A random projection is about this eraser's mean as well, so it moves states no further away.
         change = eraser.transform(states) - states
         changes[i] = np.linalg.norm(change) / np.linalg.norm(states)
-        return np.stack([states, states + change,
-                         *((states - (states - eraser.mean_) @ one.projection_.T) for one in drawn),
-                         *(states + change @ turn for turn in turns)])
+        away = states - eraser.mean_
+        random = {"projection": [states - away @ one.projection_.T for one in drawn],
+                  "rotation": [states + change @ turn for turn in turns]}
+        return np.stack([states, states + change, *(one for kind in kinds for one in random[kind])])
 
     values = np.stack([measure(i, logits) for i, logits in enumerate(
-        replaced(model, given, variants, layer=layer, places=places, batch_size=batch_size))], 1)
+        replaced(model, given, variants, layer=layer, places=places, batch_size=batch_size,
+                 bases=bases))], 1)
     data = xr.Dataset(
         {"clean": ("prompt", values[0]), "erased": ("prompt", values[1]),
-         "random": (("kind", "control", "prompt"), values[2:].reshape(2, number, -1)),
-         "change": ("prompt", changes)}, {"kind": ["projection", "rotation"]})
+         "random": (("kind", "control", "prompt"), values[2:].reshape(len(kinds), number, -1)),
+         "change": ("prompt", changes)}, {"kind": list(kinds)})
     return Result(data, {**model.manifest(), "measure": "amnesic", "metric": metric,
                          "layer": int(layer), "rank": int(rank), "eraser": type(eraser).__name__,
                          "controls": number, "seed": int(seed)})
@@ -191,10 +200,10 @@ def beyond(
 
 def used_claim(
     found: Result, sentence: str, source: str, *, kind: str = "projection", groups: Any = None,
-    **more: Any,
+    resamples: int = statistics.RESAMPLES, **more: Any,
 ) -> Claim:
     """The claim that the answer needs what was erased: more harm than by every random erasure."""
-    estimate = beyond(found, kind, groups=groups)
+    estimate = beyond(found, kind, groups=groups, resamples=resamples)
     drawn = found["random"].sel(kind=kind).mean("prompt").values
     return Claim(sentence, source, null=0.0, direction="below", causal=True, **{
         **estimate.for_claim(), "unit": found.manifest["metric"].replace("_", " "),
@@ -203,7 +212,8 @@ def used_claim(
         "details": {
             "clean": float(found["clean"].mean()), "erased": float(found["erased"].mean()),
             "random": float(drawn.mean()), "layer": found.manifest["layer"],
-            "erased minus mean of random": str(effect(found, kind, groups=groups)),
+            "erased minus mean of random": str(effect(
+                found, kind, groups=groups, resamples=resamples)),
             "p against controls": statistics.control_p(
                 float(found["erased"].mean()), drawn, alternative="less"),
             "relative size of the change": float(np.nanmean(found["change"]))}, **more})
@@ -212,6 +222,7 @@ def used_claim(
 def replaced(
     model: Any, prompts: Sequence[Prompt], variants: Variants, *, layer: SupportsIndex,
     places: Sequence[Sequence[int]], batch_size: int = 32, resume: bool = True,
+    bases: Optional[Sequence[Any]] = None,
 ) -> Iterator[Float[np.ndarray, "variant vocab"]]:
     """Last-row logits of every prompt with other states at some positions of one block's output.
 
@@ -225,7 +236,9 @@ def replaced(
                          f"{model.n_layers - 1}.")
     site = "resid_pre.0" if at == EMBEDDING else f"resid_post.{at}"
     for i, (prompt, where) in enumerate(zip(prompts, places)):
-        base = _resumable(model, prompt) if resume and at + 1 < model.n_layers else None
+        base = None
+        if resume and at + 1 < model.n_layers:
+            base = _resumable(model, prompt) if bases is None else bases[i]
         if base is not None and len(where):
             own = base.hidden[at + 1].float().cpu().numpy().astype(np.float64)
             made = torch.as_tensor(variants(i, own[list(where)]))
@@ -238,6 +251,11 @@ def replaced(
         run = model.run([prompt] * len(writes), write=interp.each(writes), logits="last",
                         batch_size=batch_size)
         yield np.stack([rows[-1].float().cpu().numpy() for rows in run.logits])
+
+
+def resumables(model: Any, prompts: Sequence[Prompt]) -> list[Any]:
+    """Every prompt run once, to be resumed at several blocks; None where a model cannot be."""
+    return [_resumable(model, prompt) for prompt in prompts]
 
 
 # -- the parts ------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ def sweep(
     folds: SupportsIndex = 5,
     permutations: SupportsIndex = 200,
     nested: bool = True,
+    inner_folds: Optional[SupportsIndex] = None,
     seed: SupportsIndex = 0,
 ) -> Result:
     """Cross-validated score of a probe in every cell, with its null and a nested choice.
@@ -67,6 +68,7 @@ def sweep(
         alpha: penalty of the ridge on standardized features; the number of features for None.
         folds, permutations, seed: cross-validation and null.
         nested: whether to choose cells within training folds as well; else there is no nested score.
+        inner_folds: into how many parts training folds are cut to choose; as many as `folds` for None.
 
     Returns:
         `score` [cell], the mean over folds, and `fold_score` [cell, fold]; `null` [permutation,
@@ -100,8 +102,11 @@ def sweep(
     highest = null.max(0)
     p = (1 + (highest[None] >= score[:, None] - 1e-12).sum(1)) / (1 + null.shape[1])
     alone = (1 + (null >= score[:, None] - 1e-12).sum(1)) / (1 + null.shape[1])
-    within, chosen = (_nested(X, y, kind, classes, blocks, splits, estimator, penalty, int(folds),
-                              int(seed)) if nested else (np.full(len(splits), np.nan), []))
+    within, chosen = np.full(len(splits), np.nan), []
+    if nested:
+        inner = int(folds if inner_folds is None else inner_folds)
+        within, chosen = _nested(X, y, kind, classes, blocks, splits, estimator, penalty, inner,
+                                 int(seed))
     chance = CHANCE.get(kind, 1.0 / max(1, len(classes)))
     shape = tuple(array.sizes[dim] for dim in cells)
     coords = {dim: array.coords[dim].values if dim in array.coords else np.arange(array.sizes[dim])

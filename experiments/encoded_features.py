@@ -1,0 +1,448 @@
+"""What is encoded where (arXiv:1909.03368, 2003.12298, 2006.00995, 2306.03819), and is it used?
+
+Probes of every layer, each beside what a probe can memorize, what an untrained model of the same
+architecture gives, what enters the first block, and shuffled labels; and what erasing does.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import xarray as xr
+from matplotlib.ticker import MaxNLocator
+from sklearn.pipeline import make_pipeline
+
+import interp
+from experiments import _encoded_tasks as tasks
+from experiments import _picture_questions as questions
+from experiments._output import Output
+from experiments._paper import Paper, Settings
+from experiments._subject import Subject
+from interp.core import ModelNotFound, ModelRefused, PromptError, Result, statistics
+from interp.figures.style import PAGE, canvas, color
+from probes import amnesic, controls, erasure, linear, mdl, nulls, sweep
+from probes.folds import folds_of, targets
+from probes.quick import held_out
+
+PAPER = Paper(
+    "encoded_features",
+    "What probes read in every layer, what they memorize, and what the model uses",
+    ("1909.03368", "2003.12298", "2006.00995", "2306.03819"),
+    "Which features can be read linearly in which layer, and does the model use them?",
+    figures={
+        "scores": "Held-out score of a linear probe by layer (-1: what enters the first block), beside "
+        "the same on a control task, on an untrained model and on permuted labels (band).",
+        "selectivity": "Score on the labels minus score on the control task, by layer.",
+        "compression": "How many times shorter the labels are when the states are known (online code), "
+        "for the labels, the control task, and an untrained model; five orders of the samples.",
+        "erasure": "Change of the answer's log probability when a feature is erased from the output of "
+        "a layer, beside random erasures of equal rank or of equal size.",
+    },
+    models=("looker", "reader"),
+)
+SELECTIVITY, MDL, AMNESIC, LEACE = PAPER.sources
+PICTURE = ("color", "shape", "digit", "place")
+TEXT = ("key at the last token", "key at the stated answer", "source at the last token",
+        "contradiction at the last token", "contradiction at the stated answer",
+        "position at any token")
+MEANING = {
+    "color": "The color of {}", "shape": "The shape of {}", "digit": "The digit of {}",
+    "place": "The quarter of the picture of {}",
+    "key at the last token": "Which key is asked for at the last token",
+    "key at the stated answer": "Which key an answer belongs to at its end",
+    "source at the last token": "Whether the context states an answer, or memory alone has one, at the "
+    "last token",
+    "contradiction at the last token": "Whether the stated answer contradicts memory at the last token",
+    "contradiction at the stated answer": "Whether a stated answer contradicts memory at its end",
+    "position at any token": "The position of a token (in eight bins)",
+}
+PERMUTATIONS, ORDERS = 100, 5
+SHRINKAGE = 0.05
+FRACTIONS = (0.125, 0.25, 0.5, 1.0)
+
+
+def _meanings(keys: tuple[str, ...]) -> dict[str, str]:
+    if keys == PICTURE:
+        return {f"{name} {place}": MEANING[name].format(thing) for place, thing in (
+            ("at its image token", "an object at its image token"),
+            ("at the last token", "what is asked about at the last token")) for name in PICTURE}
+    return {key: MEANING[key] for key in keys}
+
+
+def _claims(meanings: Mapping[str, str], erased: tuple[str, ...]) -> dict[str, tuple[str, str]]:
+    made = {}
+    for key, what in meanings.items():
+        made[f"{key}: readable"] = (
+            f"{what} is read better than a probe memorizes, an untrained model gives, or a guess.",
+            SELECTIVITY)
+        made[f"{key}: computed"] = (
+            f"{what} is read better in some layer than in what enters the first block.", SELECTIVITY)
+    made["mdl"] = ("States of the middle layer shorten the labels more than they shorten those of a "
+                   "control task.", MDL)
+    made["mdl: trained"] = ("States of the middle layer shorten the labels more than an untrained "
+                            "model's do.", MDL)
+    for key in erased:
+        made[f"{key}: used"] = (f"Erasing the {key} harms the answer more than random erasures of equal "
+                                "rank do.", AMNESIC)
+        made[f"{key}: sized"] = (f"Erasing the {key} harms the answer more than random changes of equal "
+                                 "size do.", LEACE)
+    return made
+
+
+def run(settings: Settings, out: Output) -> None:
+    for name in settings.models(PAPER):
+        try:
+            model = interp.open_model(name, **settings.opening())
+        except ModelNotFound as error:
+            if settings.model is not None:
+                raise
+            (_Pictures if name == "looker" else _Texts).refuse(name, str(error), out)
+            continue
+        out.record(model)
+        kind = _Pictures if model.has_images else _Texts
+        reason = questions.unfit(model) if model.has_images else ""
+        if reason:
+            kind.refuse(model.name, reason, out)
+            continue
+        one = kind(model, settings, out)
+        try:
+            one.run()
+        except (PromptError, ModelRefused) as error:
+            one.give_up(str(error).rstrip("."))
+
+
+class _Probed(Subject):
+    """One model: its features, and their nulls."""
+
+    paper: ClassVar[Paper] = PAPER
+    numbers: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    meanings: ClassVar[Mapping[str, str]]
+    erased: ClassVar[tuple[str, ...]]
+
+    def prepare(self) -> tasks.Tasks:
+        """What is looked for."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        self.tasks = self.prepare()
+        for name, batch in self.tasks.batches.items():
+            self.out.record(self.model, batch.prompts, f"{name}-{self.model.name}".replace(" ", "-"))
+        self.states = self._states(self.model)
+        self.null_states = self._states(nulls.reinitialized(self.model, self.settings.seed))
+        self.found = {feature.key: self._probe(feature) for feature in self.tasks.features}
+        for key, found in self.found.items():
+            self.out.save(f"{key} {self.model.name}".replace(" ", "-"), found)
+        self._draw_scores()
+        self._draw_selectivity()
+        self._compression()
+        self._erase()
+
+    def _states(self, model: Any) -> dict[str, xr.DataArray]:
+        return {name: nulls.layer_states(model, batch.prompts, batch.places, batch_size=32)
+                for name, batch in self.tasks.batches.items()}
+
+    # -- probes ----------------------------------------------------------------------------------
+
+    def _probe(self, feature: tasks.Feature) -> Result:
+        """Sweeps of the labels, of the control task and of the untrained model, and the claims."""
+        states, untrained = (some[feature.batch].isel(sample=feature.rows)
+                             for some in (self.states, self.null_states))
+        y, kind, classes = targets(feature.labels, len(feature.labels), "classification")
+        fewest = len(set(feature.groups.tolist()))
+        if len(classes) < 2 or fewest < statistics.FEWEST:
+            reason = (f"the samples of {self.model.name} have {len(classes)} label(s) in {fewest} "
+                      "groups, too few to probe")
+            self.skip(reason, f"{feature.key}: readable", f"{feature.key}: computed")
+            return Result(xr.Dataset(), {"reason": reason})
+        common: dict[str, Any] = dict(groups=feature.groups, task="classification",
+                                      seed=self.settings.seed)
+        real = sweep.sweep(states, feature.labels, permutations=PERMUTATIONS, inner_folds=3, **common)
+        other = sweep.sweep(untrained, feature.labels, permutations=1, nested=False, **common)
+        splits = folds_of(y, kind, feature.groups, 5, self.settings.seed)
+        cells = real["nested_index"].values.tolist()
+        right = {"layer": held_out(states, y, splits, cells),
+                 "embedding": held_out(states, y, splits, [0] * len(splits)),
+                 # Its best layer of all, chosen where it is scored: a null may have that.
+                 "untrained": held_out(untrained, y, splits, [int(np.nanargmax(
+                     other["score"].values))] * len(splits)),
+                 "guess": _guess(y, splits)}
+        real.data["untrained"] = other["score"]
+        share = float("nan")
+        if feature.types is not None:
+            labels = controls.control_labels(feature.labels, feature.types, seed=self.settings.seed)
+            share = float(np.mean([controls.coverage(feature.types, *split) for split in splits]))
+            if len(set(labels.tolist())) > 1:
+                right["control"] = held_out(states, labels, splits, cells)
+                real.data["control"] = xr.DataArray([
+                    held_out(states, labels, splits, [i] * len(splits)).mean()
+                    for i in range(len(states))], dims="layer")
+                real.data["share_right"] = xr.DataArray([
+                    held_out(states, y, splits, [i] * len(splits)).mean()
+                    for i in range(len(states))], dims="layer")
+        self._claim(feature, real, right, share)
+        return real
+
+    def _claim(
+        self, feature: tasks.Feature, real: Result, right: Mapping[str, np.ndarray], share: float
+    ) -> None:
+        top = sweep.best(real)
+        details = {**{f"share right, {name}": float(hits.mean()) for name, hits in right.items()},
+                   "best layer": top["cell"]["layer"], "its score": top["score"],
+                   "metric": real.manifest["metric"],
+                   "p over layers": top["p"], "nested score": top["nested_score"],
+                   "layers chosen in training folds": [str(c) for c in real["nested_cell"].values],
+                   "control types met in training": share if feature.types is not None
+                   else feature.why, "samples": len(feature.labels)}
+        against = [name for name in ("control", "untrained", "guess") if name in right]
+
+        def gap(hits: np.ndarray, *given: np.ndarray) -> float:
+            return float(hits.mean() - max(one.mean() for one in given))
+
+        estimate = statistics.bootstrap(
+            gap, right["layer"], *(right[name] for name in against), groups=feature.groups,
+            resamples=2000, name=f"share right minus the best of: {', '.join(against)}")
+        named = ", ".join(against) if "control" in right else \
+            f"{', '.join(against)}; no control task: {feature.why or 'no types recur'}"
+        self.claim(f"{feature.key}: readable", estimate, null=0.0, unit="share of samples",
+                   figure="scores", details=details,
+                   control=f"{named}; layer chosen within training folds")
+        self.claim(f"{feature.key}: computed", statistics.difference(
+            right["layer"], right["embedding"], groups=feature.groups, resamples=2000), null=0.0,
+            unit="share of samples", figure="scores", details=details,
+            control="the same probe of what enters block 0; layer chosen within training folds")
+
+    # -- description length ----------------------------------------------------------------------
+
+    def _compression(self) -> None:
+        # The last of the features with a control task: what is asked about, or where a token is.
+        chosen = [f for f in self.tasks.features if f.types is not None and "share_right" in
+                  self.found[f.key].data and f.place == "at the last token"][:1]
+        if not chosen:
+            reason = "no feature at the last token has a control task here"
+            self.skip(reason, "mdl", "mdl: trained")
+            self.no_figure("compression", reason)
+            return
+        (feature,) = chosen
+        middle = self.model.n_layers // 2
+        layers = sorted({nulls.EMBEDDING, middle, self.model.n_layers - 1})
+        labels = controls.control_labels(feature.labels, feature.types, seed=self.settings.seed)
+        made = {}
+        for name, some, y in (("labels", self.states, feature.labels),
+                              ("control task", self.states, labels),
+                              ("untrained model", self.null_states, feature.labels)):
+            part = some[feature.batch].isel(sample=feature.rows)
+            made[name] = xr.concat([mdl.online_code(
+                part.sel(layer=layer).values, y, groups=feature.groups, orders=ORDERS,
+                estimator=linear.logistic(C=0.1, tol=1e-2), fractions=FRACTIONS,
+                seed=self.settings.seed)["compression"] for layer in layers], "layer").assign_coords(
+                    layer=layers)
+        more = {"details": {"feature": feature.key, "layer": middle, **{
+            name: float(one.sel(layer=middle).mean()) for name, one in made.items()}},
+            "unit": "times shorter", "null": 0.0, "figure": "compression"}
+        real = made["labels"].sel(layer=middle).values
+        for key, name in (("mdl", "control task"), ("mdl: trained", "untrained model")):
+            self.claim(key, statistics.difference(
+                real, made[name].sel(layer=middle).values, name="paired difference over orders of "
+                "the samples"), control=f"{name}, in the same orders", **more)
+        if self.wants("compression"):
+            figure, ax = canvas(width=PAGE / 2, height=2.6)
+            for name, one in made.items():
+                look = {"labels": ("primary", "-"), "control task": ("control", "--"),
+                        "untrained model": ("control", ":")}[name]
+                ax.errorbar(layers, one.mean("order"), yerr=one.std("order"), fmt=f"o{look[1]}",
+                            color=color(look[0]), label=name, capsize=2)
+            ax.axhline(1, color=color("control"), linewidth=0.8)
+            ax.set_xticks(layers, [_layer(x) for x in layers])
+            ax.set_xlabel("layer")
+            ax.set_ylabel(f"compression of the labels\n({feature.key})")
+            ax.legend()
+            self.figure("compression", figure)
+
+    # -- the causal arm --------------------------------------------------------------------------
+
+    def _erase(self) -> None:
+        curves: dict[str, Result] = {}
+        for key in self.erased:
+            if key not in self.tasks.erased:
+                self.skip(f"{self.model.name} has no prompts to erase the {key} in",
+                          f"{key}: used", f"{key}: sized")
+                continue
+            curves[key] = self._erased(key)
+        if not curves:
+            self.no_figure("erasure", "nothing was erased")
+        elif self.wants("erasure"):
+            figure, axes = canvas(1, len(curves), width=PAGE if len(curves) > 1 else PAGE / 2,
+                                  height=2.6, squeeze=False)
+            for ax, (key, found) in zip(axes[0], curves.items()):
+                _draw_erased(ax, key, found)
+            self.figure("erasure", figure)
+
+    def _erased(self, key: str) -> Result:
+        """Fitted on some prompts, its layer chosen on others, and its harm measured on a third part."""
+        prompts, answers, places, groups = self.tasks.erased[key]
+        feature = next(f for f in self.tasks.features if f.key == key)
+        pick = np.random.default_rng(self.settings.seed).permutation(len(prompts))
+        asked = self.settings.pick(20, tiny=6)
+        choose, test = pick[: asked // 2], pick[asked // 2 : asked // 2 + asked]
+        used = [*choose, *test]
+        last = places[0] == [-1]
+        # Other pictures, facts or keys' prompts than those the answer is looked at in.
+        fitted = ~np.isin(self._prompt_of(feature), used)
+        top = max(1, self.model.n_layers - 1)
+        layers = sorted({int(x) for x in np.linspace(0, top - 1, 4 if last else 2)})
+        kinds = amnesic.KINDS
+        bases = amnesic.resumables(self.model, [prompts[i] for i in used])
+        made = []
+        for layer in layers:
+            states = self.states[feature.batch].isel(sample=feature.rows).sel(layer=layer).values
+            eraser = erasure.Leace(shrinkage=SHRINKAGE).fit(states[fitted], feature.labels[fitted])
+            each = [amnesic.amnesic(
+                self.model, [prompts[i] for i in some], [answers[i] for i in some], eraser,
+                layer=layer, positions=[places[i] for i in some], controls=number, kinds=kinds,
+                seed=self.settings.seed, bases=own) for some, number, own in (
+                    (choose, 2, bases[: len(choose)]), (test, amnesic.CONTROLS, bases[len(choose):]))]
+            made.append(each)
+        harm = [float((a["erased"] - a["clean"]).mean() - (a["random"].mean() - a["clean"].mean()))
+                for a, _ in made]
+        at = int(np.argmin(harm))
+        found = made[at][1]
+        states = self.states[feature.batch].isel(sample=feature.rows).sel(layer=layers[at]).values
+        after = sweep.sweep(states[None], feature.labels, groups=feature.groups, permutations=1,
+                            nested=False, task="classification", seed=self.settings.seed,
+                            estimator=make_pipeline(erasure.Leace(shrinkage=SHRINKAGE),
+                                                    linear.ridge(states.shape[1])))
+        for name, kind in (("used", "projection"), ("sized", "rotation")):
+            self.told.add(f"{key}: {name}")
+            sentence, source = self.claims[f"{key}: {name}"]
+            claim = amnesic.used_claim(found, sentence, source, kind=kind, groups=groups[test],
+                                       resamples=2000, figure="erasure", unit="nats")
+            claim.details.update({
+                "score of a fresh probe after erasing, on held-out samples": float(
+                    after["score"][0]),
+                "before": float(self.found[key]["score"].sel(layer=layers[at])),
+                "chance": float(self.found[key]["chance"]),
+                "prompts": f"{int(fitted.sum())} states to fit, {len(choose)} prompts to choose the "
+                           f"layer, {len(test)} to measure"})
+            self.out.claim(claim, self.model.name)
+        whole = Result(xr.concat([one.data for _, one in made], "layer").assign_coords(
+            layer=layers), found.manifest)
+        self.out.save(f"erased {key} {self.model.name}".replace(" ", "-"), whole)
+        return whole
+
+    def _prompt_of(self, feature: tasks.Feature) -> np.ndarray:
+        """The number of the erased prompt that a sample belongs to; -1 where it is none of them."""
+        batch = self.tasks.batches[feature.batch]
+        known = {id(prompt): i for i, prompt in enumerate(self.tasks.erased[feature.key][0])}
+        owner = self.states[feature.batch]["prompt"].values[feature.rows]
+        return np.array([known.get(id(batch.prompts[int(i)]), -1) for i in owner])
+
+    # -- figures ---------------------------------------------------------------------------------
+
+    def _draw_scores(self) -> None:
+        if not self.wants("scores"):
+            return
+        known = {key: found for key, found in self.found.items() if "score" in found.data}
+        columns = 4 if len(known) > 6 else 3
+        rows = -(-len(known) // columns)
+        figure, axes = canvas(rows, columns, width=PAGE, height=1.85 * rows, squeeze=False,
+                              sharex=True, sharey=True)
+        for ax, (key, found) in zip(axes.flat, known.items()):
+            at = found["layer"].values
+            low, high = np.nanquantile(found["null"].values, (0.025, 0.975), axis=0)
+            ax.fill_between(at, low, high, color=color("control"), alpha=0.35, linewidth=0,
+                            label="permuted labels, 95 %")
+            ax.plot(at, found["untrained"], ":", color=color("control"), label="untrained model")
+            if "control" in found.data:
+                ax.plot(at, found["control"], "--", color=color("control"), label="control task")
+            ax.plot(at, found["score"], "-o", markersize=2.5, color=color("primary"), label="probe")
+            ax.axhline(float(found["chance"]), color=color("control"), linewidth=0.7)
+            metric = "AUC" if found.manifest["metric"] == "auc" else "balanced acc."
+            ax.set_title(f"{key}\n({metric}, n = {found.manifest['n_samples']})")
+            ax.set_ylim(-0.03, 1.05)
+            ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        for ax in axes.flat[len(known):]:
+            ax.set_visible(False)
+        for ax in axes[-1]:
+            ax.set_xlabel("layer")
+        for ax in axes[:, 0]:
+            ax.set_ylabel("held-out score")
+        handles, names = [], []
+        for ax in axes.flat[: len(known)]:
+            for handle, name in zip(*ax.get_legend_handles_labels()):
+                if name not in names:
+                    handles.append(handle)
+                    names.append(name)
+        figure.legend(handles, names, loc="outside lower center", ncols=4)
+        self.figure("scores", figure)
+
+    def _draw_selectivity(self) -> None:
+        known = {key: found for key, found in self.found.items() if "control" in found.data}
+        if not known:
+            self.no_figure("selectivity", "no feature has types that recur across groups")
+        elif self.wants("selectivity"):
+            places = sorted({f.place for f in self.tasks.features if f.key in known})
+            figure, axes = canvas(1, len(places), width=PAGE, height=2.7, squeeze=False, sharey=True)
+            for ax, place in zip(axes[0], places):
+                for feature in self.tasks.features:
+                    if feature.place == place and feature.key in known:
+                        found = known[feature.key]
+                        ax.plot(found["layer"], found["share_right"] - found["control"], "-o",
+                                markersize=3, label=feature.name)
+                ax.axhline(0, color=color("control"), linewidth=0.8)
+                ax.set_title(place)
+                ax.set_xlabel("layer (-1: what enters block 0)")
+                ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+                ax.legend()
+            axes[0][0].set_ylabel("selectivity (share right,\nlabels minus control task)")
+            self.figure("selectivity", figure)
+
+
+class _Pictures(_Probed):
+    """A vision-language model and scenes."""
+
+    meanings = _meanings(PICTURE)
+    erased = ("color at its image token", "color at the last token")
+    claims = _claims(meanings, erased)
+
+    def prepare(self) -> tasks.Tasks:
+        return tasks.pictures(self.model, self.settings)
+
+
+class _Texts(_Probed):
+    """A language model and facts."""
+
+    meanings = _meanings(TEXT)
+    erased = ("key at the last token",)
+    claims = _claims(meanings, erased)
+
+    def prepare(self) -> tasks.Tasks:
+        return tasks.texts(self.model, self.settings)
+
+
+def _guess(y: np.ndarray, splits: Any) -> np.ndarray:
+    """Whether the most frequent class of the training part is right."""
+    found = np.zeros(len(y))
+    for train, test in splits:
+        found[test] = y[test] == np.bincount(y[train]).argmax()
+    return found
+
+
+def _layer(number: int) -> str:
+    return "embedding" if number == nulls.EMBEDDING else str(number)
+
+
+def _draw_erased(ax: Any, key: str, found: Result) -> None:
+    at, clean = found["layer"].values, found["clean"].mean("prompt")
+    for kind, look, text in (("projection", "-", "equal rank"), ("rotation", "--", "equal size")):
+        drawn = found["random"].sel(kind=kind).mean("prompt") - clean
+        ax.fill_between(at, drawn.min("control"), drawn.max("control"), color=color("control"),
+                        alpha=0.25, linewidth=0)
+        ax.plot(at, drawn.mean("control"), look, color=color("control"),
+                label=f"{found['random'].sizes['control']} random, {text}")
+    ax.plot(at, found["erased"].mean("prompt") - clean, "-o", color=color("primary"), label="erased")
+    ax.axhline(0, color=color("control"), linewidth=0.7)
+    ax.set_title(f"{key}, rank {found.manifest['rank']}")
+    ax.set_xlabel("layer whose output is changed")
+    ax.set_ylabel("change of log probability (nats)")
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.legend()
