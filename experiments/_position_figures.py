@@ -1,7 +1,6 @@
 """Figures of `position_probes`."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -33,7 +32,7 @@ def distance(found: Mapping[str, Result], name: str, control: str) -> Figure:
     guess = found["random tokens"]
     likeliest = guess["mad"].mean("document") / guess["constant"].mean()
     ax.plot(likeliest["layer"], likeliest, ":", color=CYCLE[0], label="random tokens, most probable")
-    ax.legend(fontsize=6)
+    ax.legend(fontsize=6, loc="lower left")
     for each, other in ((ax, float(guess["uniform"].mean() / guess["constant"].mean())),
                         (paper, 341.33 / 256)):
         each.axhline(1.0, color=GRAY, linewidth=0.8, linestyle="--", zorder=0)
@@ -60,7 +59,7 @@ def predicted(found: Result, name: str) -> Figure:
 
 def cosine(alike: Mapping[str, Result], name: str) -> Figure:
     """Maps of similarity, of the deepest block common to all."""
-    figure, axes = canvas(1, len(alike), width=PAGE, height=2.4, squeeze=False)
+    figure, axes = canvas(1, len(alike), width=PAGE, height=2.5, squeeze=False)
     for ax, (key, one) in zip(axes[0], alike.items()):
         layer = int(one["layer"].values[1])
         values = one["cosine"].sel(layer=layer, drop=True).values.copy()
@@ -70,7 +69,7 @@ def cosine(alike: Mapping[str, Result], name: str) -> Figure:
         image = ax.imshow(values, cmap="RdBu_r", vmin=-reach, vmax=reach, extent=(0.5, n + 0.5, n + 0.5,
                                                                                   0.5))
         figure.colorbar(image, ax=ax, shrink=0.75, label="cosine" if key == list(alike)[-1] else "")
-        ax.set_title(f"{key.replace(', no', chr(10) + 'no', 1)}\n(block {layer})", fontsize=7)
+        ax.set_title("\n".join([*key.split(", "), f"(block {layer})"]), fontsize=7)
         ax.set_xlabel("position")
         ax.set_ylabel("position" if ax is axes[0][0] else "")
         marks = [1, n // 2, n]
@@ -108,10 +107,10 @@ def adjacency(alike: Mapping[str, Result], name: str, control: str) -> Figure:
 
 def objects(
     boxes: Mapping[str, Result], mutual: Mapping[str, Result], untrained: Mapping[str, Result],
-    name: str,
+    pairs: Mapping[str, statistics.Estimate], name: str,
 ) -> Figure:
-    """Centers and mutual positions by layer."""
-    figure, (left, right) = canvas(1, 2, width=PAGE, height=2.7)
+    """Centers and mutual positions by layer, and pairs that differ in a word."""
+    figure, (left, right, last) = canvas(1, 3, width=PAGE, height=2.9, width_ratios=(3, 3, 1.6))
     for hue, (axis, label) in zip(CYCLE, (("x", "across"), ("y", "down"))):
         one = boxes[axis]["score"]
         left.plot(one["layer"], one, "-o", color=hue, markersize=3, label=label)
@@ -121,9 +120,9 @@ def objects(
             bare = untrained[axis]["score"]
             left.plot(bare["layer"], bare, "-" if axis == "x" else "-.", color=GRAY)
     left.plot([], [], "-", color=GRAY, label="untrained")
-    left.plot([], [], "--", color=CYCLE[0], linewidth=0.8, label="boxes shuffled (95 %)")
+    left.plot([], [], "--", color=CYCLE[0], linewidth=0.8, label="shuffled (95 %)")
     left.set_ylabel("$R^2$ of the center")
-    left.set_title(name)
+    figure.suptitle(name)
     for hue, key in zip(CYCLE, ("left", "above")):
         one = mutual[key]
         values = one["right"].astype(float).mean("pair")
@@ -134,6 +133,7 @@ def objects(
             bare = untrained[key]["right"].astype(float).mean("pair")
             right.plot(bare["layer"], bare, "-" if key == "left" else "-.", color=GRAY)
     right.plot([], [], ":", color=CYCLE[0], linewidth=0.9, label="kinds alone")
+    right.plot([], [], "-", color=GRAY, label="untrained")
     right.axhline(0.5, color=GRAY, linestyle="--", linewidth=0.8)
     right.set_ylabel("accuracy on pairs")
     right.set_ylim(0.4, 1.02)
@@ -141,22 +141,14 @@ def objects(
         ax.set_xlabel(BLOCK)
         ax.set_xticks(boxes["x"]["layer"].values)
         ax.grid(True, axis="y")
-        ax.legend()
-    return figure
-
-
-def contrast(found: Mapping[str, statistics.Estimate], name: str) -> Figure:
-    """Shares with their intervals."""
-    figure, ax = canvas(1, 1, width=PAGE * 0.45, height=2.4)
-    shown: list[Any] = list(found.values())
+        ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, fontsize=6)
+    shown = list(pairs.values())
     at = np.arange(len(shown))
     gaps = [[one.value - one.interval[0], one.interval[1] - one.value] for one in shown]
-    ax.bar(at, [one.value for one in shown], 0.5, color=[CYCLE[0], CYCLE[1]][: len(shown)],
-           yerr=np.abs(np.array(gaps)).T, capsize=3)
-    ax.axhline(0.5, color=GRAY, linestyle="--", linewidth=0.8)
-    ax.set_xticks(at, [f"{key}\n(n = {one.n})" for key, one in found.items()])
-    ax.set_xlim(-0.6, len(shown) - 0.4)
-    ax.set_ylim(0, 1.05)
-    ax.set_ylabel("share of pairs")
-    ax.set_title(name)
+    last.bar(at, [one.value for one in shown], 0.6, color=[CYCLE[4], CYCLE[2]][: len(shown)],
+             yerr=np.abs(np.array(gaps)).T, capsize=3)
+    last.axhline(0.5, color=GRAY, linestyle="--", linewidth=0.8)
+    last.set_xticks(at, [f"{key}\n(n = {one.n})" for key, one in pairs.items()], fontsize=6)
+    last.set_ylim(0, 1.05)
+    last.set_ylabel("right word preferred (share)")
     return figure
