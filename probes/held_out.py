@@ -22,8 +22,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 
+from probes.folds import blocks_of, targets
 from probes.linear import logistic
-from probes.sweep import _blocks, _check, _hat, _labelled, targets
+from probes.quick import hat, stacked
 
 Split = tuple[np.ndarray, np.ndarray]
 
@@ -69,16 +70,19 @@ def auc(scores: Any, labels: Any, strata: Any = None) -> float:
         raise ValueError(f"{s.shape} scores and {y.shape} labels: give one of each per sample.")
     if not np.isfinite(s).all():
         raise ValueError("scores hold values that are not numbers; leave those samples out.")
-    groups = [slice(None)] if strata is None else [
-        np.asarray(strata) == one for one in np.unique(strata)]
-    right = pairs = 0.0
-    for part in groups:
-        inside, positive = s[part], y[part]
-        n1 = int(positive.sum())
-        n0 = len(positive) - n1
-        if n1 and n0:
-            right += rankdata(inside)[positive].sum() - n1 * (n1 + 1) / 2
-            pairs += n1 * n0
+    n = len(s)
+    if strata is None:
+        part = np.zeros(n, dtype=int)
+    else:
+        part = np.unique(np.asarray(strata), return_inverse=True)[1]
+    # One ranking for all strata: scores of a later stratum stand above those of an earlier one.
+    ranks = rankdata(part * (n + 1.0) + np.unique(s, return_inverse=True)[1])
+    size = np.bincount(part)
+    positive = np.bincount(part, y)
+    before = np.cumsum(size) - size
+    above = np.bincount(part[y], ranks[y], len(size)) - before * positive
+    right = (above - positive * (positive + 1) / 2).sum()
+    pairs = (positive * (size - positive)).sum()
     return float(right / pairs) if pairs else float("nan")
 
 
@@ -115,7 +119,7 @@ def splits(
 
 def _assign(y: np.ndarray, groups: Any, folds: int, seed: int) -> np.ndarray:
     """The fold of every sample."""
-    blocks = None if groups is None else _blocks(groups, len(y))
+    blocks = None if groups is None else blocks_of(groups, len(y))
     units = len(y) if blocks is None else int(blocks.max()) + 1
     if units < 2:
         raise ValueError(
@@ -180,14 +184,9 @@ def held_out(
 
     Source: Varma and Simon (2006) for the nested choice; Wolpert (1992) for stacking.
     """
-    array = _labelled(states)
+    X, array = stacked(states)
+    y = _two(X, labels)
     cells = [str(dim) for dim in array.dims[:-2]]
-    X = array.stack(cell=cells).transpose("cell", ...).values if len(cells) > 1 else array.values
-    X = np.asarray(X, dtype=np.float64)
-    y, _, classes = targets(labels, X.shape[1], "classification")
-    _check(X, y, classes)
-    if len(classes) != 2:
-        raise ValueError(f"scores of held-out samples need two classes, not {len(classes)}.")
     names = [", ".join(f"{d} {_value(array, d, i)}" for d, i in zip(cells, np.unravel_index(
         c, tuple(array.sizes[d] for d in cells)))) for c in range(len(X))]
     penalty = float(X.shape[2] if alpha is None else alpha)
@@ -239,9 +238,7 @@ def text_baseline(
     part. Raises `ValueError` as `held_out` does.
     """
     given = np.array(list(texts), dtype=object)
-    y, _, classes = targets(labels, len(given), "classification")
-    if len(classes) != 2:
-        raise ValueError(f"scores of held-out samples need two classes, not {len(classes)}.")
+    y = _two(np.zeros((1, len(given), 1)), labels)
     scores, probability = np.full(len(y), np.nan), np.full(len(y), np.nan)
     fold, notes = np.full(len(y), -1), []
     for number, (train, test) in enumerate(splits(y, groups, folds=folds, seed=seed)):
@@ -275,12 +272,8 @@ def across(
     `train` and `test` are boolean over samples, `groups` keep the inner folds apart; `scores` are
     NaN for samples that are not tested.
     """
-    array = _labelled(states)
-    cells = [str(dim) for dim in array.dims[:-2]]
-    X = array.stack(cell=cells).transpose("cell", ...).values if len(cells) > 1 else array.values
-    X = np.asarray(X, dtype=np.float64)
-    y, _, classes = targets(labels, X.shape[1], "classification")
-    _check(X, y, classes)
+    X, _ = stacked(states)
+    y = _two(X, labels)
     a, b = np.flatnonzero(train), np.flatnonzero(test)
     if np.intersect1d(a, b).size or len(np.unique(y[a])) != 2:
         raise ValueError("transfer needs two classes to train on, and test samples that are others.")
@@ -292,6 +285,18 @@ def across(
     scores[b] = _decide(X[pick], y, a, b, "ridge", penalty)
     fold = np.where(np.isfinite(scores), 0, -1)
     return HeldOut(scores, np.full(len(y), np.nan), fold, y == 1, (f"cell {pick}",))
+
+
+def _two(X: np.ndarray, labels: Any) -> np.ndarray:
+    """Labels as 0 and 1; the states are checked."""
+    y, _, classes = targets(labels, X.shape[1], "classification")
+    if len(classes) != 2:
+        raise ValueError(f"scores of held-out samples need two classes, not {len(classes)}.")
+    if not np.isfinite(X).all():
+        cell, sample, _ = np.argwhere(~np.isfinite(X))[0]
+        raise ValueError(f"states hold values that are not numbers (cell {cell}, sample {sample}); "
+                         "leave those samples out.")
+    return y
 
 
 def _value(array: Any, dim: str, i: Any) -> Any:
@@ -334,7 +339,7 @@ def _decide(
     """What a probe fitted on `train` says of `test`."""
     if isinstance(estimator, str):
         sign = 2.0 * y[train] - 1
-        return _hat(x, train, test, alpha) @ (sign - sign.mean()) + sign.mean()
+        return hat(x, train, test, alpha) @ (sign - sign.mean()) + sign.mean()
     probe = clone(estimator).fit(x[train], y[train])
     if hasattr(probe, "decision_function"):
         return np.asarray(probe.decision_function(x[test]), dtype=float)

@@ -8,12 +8,12 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, SupportsFloat, SupportsIndex, Union
+from typing import Any, Optional, SupportsFloat, SupportsIndex, Union
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from interp.core.errors import ModelRefused, NumericalError, OutOfRange, PromptError
 from interp.core.prompt import Prompt
@@ -30,12 +30,14 @@ class Followed:
 
     Attributes:
         tokens: the continuation. log_probs: of each token given all before it, natural logarithm.
+        within: the same among the tokens that were allowed (all, where none were named).
         top: the largest probability at each of these places. entropy: in nats.
         states: site -> `[layer, token, d_model]`, read while the token itself is the input.
     """
 
     tokens: tuple[int, ...]
     log_probs: Float[np.ndarray, "token"]
+    within: Float[np.ndarray, "token"]
     top: Float[np.ndarray, "token"]
     entropy: Float[np.ndarray, "token"]
     states: dict[str, Float[np.ndarray, "layer token d_model"]]
@@ -92,17 +94,23 @@ class Branches:
             raise OutOfRange(f"the prompt has no position {list(keep)[kept.index(-1)]}: it has "
                              f"{len(prompt)} tokens.")
         ids = torch.tensor([prompt.ids], device=self._lane.device)
-        self._offsets: dict[nn.Module, Any] = {}
+        self._remembering = [m for m in model.hf.modules() if "rope_deltas" in vars(m)]
         with no_earlier_picture(model.hf):
             rows, self._cache, self.states = self._pass(
                 ids, self._lane._inputs([prompt]), Pass(0, len(prompt)), None, kept)
-            self._offsets = {m: m.rope_deltas for m in _remembering(model.hf)}
+            self._offsets = {m: m.rope_deltas for m in self._remembering}
         if self._cache is None:
             raise ModelRefused(f"{model.architecture} keeps no cache; it cannot be continued.")
         self.logits = rows[0, -1]
 
-    def follow(self, continuations: Sequence[Sequence[SupportsIndex]]) -> list[Followed]:
+    def follow(
+        self, continuations: Sequence[Sequence[SupportsIndex]],
+        allowed: Optional[Sequence[SupportsIndex]] = None,
+    ) -> list[Followed]:
         """Each continuation, as the model reads it token by token.
+
+        `allowed` are the tokens that an answer may be made of; `Followed.within` is the probability
+        among these (and the token itself).
 
         Raises `PromptError` for an empty one, or one that does not fit.
         """
@@ -123,44 +131,59 @@ class Branches:
             logs = rows.log_softmax(-1)
             own = logs.gather(-1, ids.cpu()[..., None])[..., 0]
             entropy = -(logs.exp() * logs.clamp_min(-1e4)).sum(-1)
+            within = own
+            if allowed is not None:
+                among = logs[..., [int(t) for t in allowed]].logsumexp(-1)
+                known = torch.isin(ids.cpu(), torch.tensor([int(t) for t in allowed]))
+                within = own - torch.where(known, among, torch.logaddexp(among, own))
             for i, one in enumerate(some):
                 found[one] = Followed(
-                    one, own[i].numpy(), logs[i].max(-1).values.exp().numpy(), entropy[i].numpy(),
+                    one, own[i].numpy(), within[i].numpy(), logs[i].max(-1).values.exp().numpy(), entropy[i].numpy(),
                     {name: value[i] for name, value in states.items()})
         return [found[one] for one in given]
 
     def sample(
         self, count: SupportsIndex, *, new_tokens: SupportsIndex, temperature: SupportsFloat = 1.0,
-        seed: SupportsIndex = 0, with_end: bool = False,
+        seed: SupportsIndex = 0, with_end: bool = False, greedy_first: bool = False,
+        allowed: Optional[Sequence[SupportsIndex]] = None,
     ) -> list[list[int]]:
         """Random continuations (greedy ones for temperature 0), each ending before the end token.
 
         The whole distribution is sampled: no top-k, no nucleus. `with_end` keeps the end token of
-        those that come to it.
+        those that come to it; with `greedy_first` the first one is the greedy continuation.
+        `allowed` are the only tokens that may be chosen (the words of a closed set of answers).
         """
         left, made = int(count), []
         self._check_room(int(new_tokens))
         generator = torch.Generator().manual_seed(int(seed))
+        closed = None
+        if allowed is not None:
+            closed = torch.full((self.model.d_vocab,), float("-inf"))
+            closed[[int(t) for t in allowed]] = 0.0
         while left > 0:
             n = min(left, self.batch_size)
-            made += self._draw(n, int(new_tokens), float(temperature), generator, with_end)
+            made += self._draw(n, int(new_tokens), float(temperature), generator, with_end,
+                               greedy_first and not made, closed)
             left -= n
         return made
 
     def _draw(
         self, n: int, new_tokens: int, temperature: float, generator: torch.Generator,
-        with_end: bool,
+        with_end: bool, greedy_first: bool, closed: Optional[Tensor],
     ) -> list[list[int]]:
         rows, columns = self.logits.expand(n, -1), []
         ends = torch.tensor(sorted(self.model.end_tokens), dtype=torch.long)
         over = torch.zeros(n, dtype=torch.bool)
         with self._continuing(n) as cache:
             for step in range(new_tokens):
+                rows = rows if closed is None else rows + closed
                 if temperature > 0:
                     chosen = torch.multinomial((rows / temperature).softmax(-1), 1,
                                                generator=generator)
                 else:
                     chosen = rows.argmax(-1, keepdim=True)
+                if greedy_first:
+                    chosen[0] = rows[0].argmax()
                 columns.append(chosen)
                 over |= torch.isin(chosen[:, 0], ends)
                 if step + 1 == new_tokens or bool(over.all()):
@@ -187,7 +210,7 @@ class Branches:
         cache = copy.deepcopy(self._cache)
         if n > 1:
             cache.batch_repeat_interleave(n)
-        before = {m: m.rope_deltas for m in _remembering(self.model.hf)}
+        before = {m: m.rope_deltas for m in self._remembering}
         try:
             for module in before:
                 offset = self._offsets.get(module)
@@ -234,11 +257,6 @@ class _At(Reads):
 
     def add(self, prompt: int, layer: int, name: str, value: Tensor) -> None:
         super().add(prompt, layer, name, value if self._keep is None else value[self._keep])
-
-
-def _remembering(hf: nn.Module) -> list[nn.Module]:
-    """Modules of Qwen-VL models that remember the position offset of the last picture."""
-    return [module for module in hf.modules() if "rope_deltas" in vars(module)]
 
 
 def _equal(given: Any, size: int) -> Iterator[list[tuple[int, ...]]]:

@@ -43,6 +43,7 @@ def test_greedy_samples_are_the_greedy_text_and_leave_the_prompt_alone(model):
     before = made.follow([[11, 12]])[0].log_probs
     (greedy,) = made.sample(1, new_tokens=5, temperature=0)
     assert greedy == model.generate(PROMPT, 5)[0]
+    assert made.sample(3, new_tokens=5, seed=2, greedy_first=True)[0] == greedy
     made.sample(3, new_tokens=4, seed=1)
     np.testing.assert_allclose(made.follow([[11, 12]])[0].log_probs, before, atol=1e-6)
 
@@ -59,6 +60,22 @@ def test_samples_follow_the_distribution_at_any_batch_size():
     cold = made.sample(50, new_tokens=1, temperature=1e-3, seed=0)
     assert {row[0] for row in cold} == {int(p.argmax())}
     assert made.sample(5, new_tokens=3, seed=3) == made.sample(5, new_tokens=3, seed=3)
+
+
+def test_a_closed_set_of_answers(tiny):
+    made = Branches(Model(tiny("llama"), "llama"), PROMPT)
+    words = [7, 30, 31]
+    drawn = made.sample(60, new_tokens=2, seed=0, allowed=words)
+    assert {token for row in drawn for token in row} <= set(words)
+    p = made.logits[words].softmax(-1)
+    (first, _) = made.follow([[30, 31], [40]], allowed=words)
+    assert first.within[0] == pytest.approx(float(p[1].log()), abs=1e-4)
+    assert first.log_probs[0] < first.within[0]
+    other = made.follow([[40]], allowed=words)[0]
+    assert other.within[0] == pytest.approx(
+        float(made.logits[[*words, 40]].log_softmax(-1)[-1]), abs=1e-4)
+    (greedy,) = made.sample(1, new_tokens=1, temperature=0, allowed=words)
+    assert greedy == [words[int(p.argmax())]]
 
 
 def test_the_end_token_ends_a_sample(tiny):
