@@ -4,7 +4,7 @@ Source    arXiv:2406.20086 (claims); the matching and the nulls are this toolkit
 """
 
 from collections.abc import Mapping, Sequence
-from typing import SupportsIndex
+from typing import Optional, SupportsFloat, SupportsIndex
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -18,6 +18,8 @@ def matched_pairs(
     offset: SupportsIndex,
     *,
     same_token: bool = True,
+    level: Optional[Float[np.ndarray, "sample"]] = None,
+    caliper: SupportsFloat = 0.1,
 ) -> Int[np.ndarray, "pair 2"]:
     """For every last token of an item an ordinary position, each used once.
 
@@ -26,10 +28,16 @@ def matched_pairs(
         >>> matched_pairs(ids, np.zeros(6, int), np.array([2]), np.arange(6) > 2, -1)
         array([[2, 4]])
 
-    With `same_token` the token at the offset is the same one at both, so that what is to be read is
-    equally frequent and equally well learned; among these it is the nearest in its document, from
-    any document. Else it is the nearest ordinary position of the same document. Ends without a match
-    are left out.
+    Args:
+        same_token: the token at the offset is the same one at both, from any document, so that what is
+            to be read is equally frequent and equally well learned; else any ordinary position.
+        level: how well the start layer reads it. A drop has a floor: what is hardly read at the start
+            cannot be forgotten, so positions are matched by this, at most `caliper` apart (the choice
+            favors ordinary positions that are high by chance and then fall, against the claim).
+            Without it, the nearest place in the document counts, and without `same_token` the
+            document has to be the same.
+
+    Ends without a match are left out.
     """
     start = {int(d): int(np.flatnonzero(documents == d)[0]) for d in np.unique(documents)}
     place = np.arange(len(ids)) - np.array([start[int(d)] for d in documents])
@@ -44,10 +52,16 @@ def matched_pairs(
     for end in ends:
         if not known[end]:
             continue
-        fits = free & ((target == target[end]) if same_token else (documents == documents[end]))
+        fits = free & (target == target[end]) if same_token else free
+        if level is None:
+            apart = np.abs(place - place[end]).astype(float)
+            fits = fits if same_token else fits & (documents == documents[end])
+        else:
+            apart = np.abs(level - level[end])
+            fits = fits & (apart <= float(caliper))
         found = np.flatnonzero(fits)
         if len(found):
-            chosen = int(found[np.abs(place[found] - place[end]).argmin()])
+            chosen = int(found[apart[found].argmin()])
             free[chosen] = False
             made.append((int(end), chosen))
     return np.array(made, dtype=np.int64).reshape(-1, 2)

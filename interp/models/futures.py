@@ -190,11 +190,12 @@ class Readout:
 
     def _read(self, rows: Tensor) -> Tensor:
         weight = next(self.lane.hf.parameters())
-        x = rows.to(weight)[None]
+        # One position each: many rows are no long text, of which a model may read only so much.
+        x = rows.to(weight)[:, None]
         ids = torch.zeros(x.shape[:2], dtype=torch.long, device=weight.device)
         with (no_earlier_picture(self.lane.hf), _passing(self.lane.blocks, self._tuples, x),
               frozen_weights(self.lane.hf)):
-            return self.lane._call(ids, {}, {"use_cache": False}).logits[0].float().to(rows.device)
+            return self.lane._call(ids, {}, {"use_cache": False}).logits[:, 0].float().to(rows.device)
 
 
 @contextmanager

@@ -9,12 +9,11 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from interp.models.futures import Readout, carried_logits
 from interp.models.model import Model
 from probes import lookahead
+from probes.carried_states import FuturePrompt, carried
 from probes.lookahead import (
     FollowerCounts,
     FutureLinearLens,
-    FuturePrompt,
     FutureVocabularyLens,
-    carried,
     hits,
     surprisal,
     top_tokens,

@@ -10,7 +10,6 @@ from probes.linear import logistic
 from probes.token_offsets import OFFSETS, TokenOffsetProbe, measure
 
 
-
 @parametrize_with_checks([TokenOffsetProbe(), TokenOffsetProbe(solver="adamw", epochs=20)])
 def test_it_is_a_scikit_learn_classifier(estimator, check):
     check(estimator)
