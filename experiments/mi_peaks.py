@@ -228,7 +228,8 @@ class Peaks(Subject):
         present = [i for i in ids if (flat == i).any()]
         if np.isin(flat, present).sum() < 20:
             count = int(np.isin(flat, present).sum())
-            self.skip(f"{self.model.name} writes {count} words of reflection in its traces", "enriched", "suppressed")
+            self.skip(f"{self.model.name} writes {count} words of reflection in its traces", "enriched",
+                      "suppressed")
             return
         rng = self.settings.rng(3)
         others = _thinking_tokens.of_equal_frequency(present, flat, rng, avoid=ids)

@@ -9,7 +9,7 @@ Cause     the same text with its blocks of tokens in random order
 import importlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Optional, SupportsFloat, SupportsIndex
 
 import numpy as np
@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from interp.core import Prompt, PromptError, Result, UndertowError
 from interp.figures import layer_curve
 from interp.figures.style import style
+from probes.block_shuffle import reordered, shuffled_blocks
 from probes.token_loss import content_places, losses_of
 
 SAME = 1e-6
@@ -86,7 +87,7 @@ def gride(
     near, far = int(n1), 2 * int(n1) if n2 is None else int(n2)
     if not 1 <= near < far:
         raise ValueError(f"neighbors number {near} and {far}: the second must be the farther one.")
-    if len(X) < far + 2:
+    if len(X) < far + 1:
         return Dimension(np.nan, kept, len(X),
                          f"{len(X)} different points for neighbor number {far}")
     with warnings.catch_warnings():
@@ -96,6 +97,36 @@ def gride(
         except (ValueError, IndexError):
             return Dimension(np.nan, kept, len(X), "the neighbors are all equally far")
     return Dimension(float(found.dimension_), kept, len(X))
+
+
+def gride_scales(
+    X: Float[np.ndarray, "sample feature"], scales: Sequence[SupportsIndex]
+) -> Float[np.ndarray, "scale"]:
+    """`gride` at several n1, from one search for neighbors where these are powers of two.
+
+    Example:
+        >>> cloud = np.random.default_rng(0).standard_normal((100, 3))
+        >>> bool(np.allclose(gride_scales(cloud, [1, 8]), [gride(cloud, n).value for n in (1, 8)]))
+        True
+
+    NaN for scales with too few points.
+    """
+    asked = [int(n1) for n1 in scales]
+    unique, _ = _distinct(_checked(X))
+    made = np.full(len(asked), np.nan)
+    fitting = [n1 for n1 in asked if 2 * n1 < len(unique)]
+    if not fitting or any(n1 < 1 or n1 & (n1 - 1) for n1 in asked):
+        return np.array([gride(unique, n1).value for n1 in asked])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            found = _skdim().GRIDE(multiscale=True, range_max=max(2, 2 * max(fitting))).fit(unique)
+        except (ValueError, IndexError):
+            return np.array([gride(unique, n1).value for n1 in asked])
+    for n1, value in zip(found.scales_, found.dimension_scales_):
+        if int(n1) in asked:
+            made[asked.index(int(n1))] = value
+    return made
 
 
 def neighbors(
@@ -173,27 +204,6 @@ def anisotropy(X: Float[np.ndarray, "sample feature"]) -> float:
     return float(min(1.0, np.linalg.eigvalsh(gram)[-1] / total)) if total > 0 else float("nan")
 
 
-def shuffled_blocks(
-    n: SupportsIndex, level: SupportsIndex, rng: np.random.Generator
-) -> Int[np.ndarray, "position"]:
-    """An order of n tokens: cut into 4^level equal blocks that are permuted, each left as it is.
-
-    Example:
-        >>> order = shuffled_blocks(16, 1, np.random.default_rng(0))
-        >>> [order[i:i + 4].tolist() for i in range(0, 16, 4)]
-        [[8, 9, 10, 11], [0, 1, 2, 3], [4, 5, 6, 7], [12, 13, 14, 15]]
-
-    Level 0 changes nothing; a level with 4^level = n permutes single tokens.
-
-    Source: arXiv:2501.10573, as second-hand notes tell it.
-    """
-    blocks = 4 ** int(level)
-    if int(level) < 0 or blocks > int(n):
-        raise ValueError(f"{int(n)} tokens cannot be cut into 4^{int(level)} = {blocks} blocks.")
-    parts = np.array_split(np.arange(int(n)), blocks)
-    return np.concatenate([parts[i] for i in rng.permutation(blocks)])
-
-
 def measure(
     model: Any,
     prompts: Sequence[Prompt],
@@ -248,7 +258,7 @@ def measure(
     scaled = np.full((len(texts), shape[2], len(scales)), np.nan)
     reasons: dict[str, int] = {}
     for j, level in enumerate(levels):
-        variants = [_reordered(p, at, shuffled_blocks(len(at), level, rng))
+        variants = [reordered(p, at, shuffled_blocks(len(at), level, rng))
                     for p, at in zip(texts, places)]
         for start in range(0, len(texts), int(batch_size)):
             part = range(start, min(start + int(batch_size), len(texts)))
@@ -265,9 +275,8 @@ def measure(
                     made[name][i, j] = values
                 for reason in why:
                     reasons[reason] = reasons.get(reason, 0) + 1
-                if level == 0:
-                    for s, n1 in enumerate(scales):
-                        scaled[i, :, s] = [gride(x[at], n1).value for x in whole]
+                if level == 0 and len(scales):
+                    scaled[i] = [gride_scales(x[at], scales) for x in whole]
     dims = ("prompt", "level", "layer")
     data = xr.Dataset({**{name: (dims, made[name]) for name in names}, "loss": (dims[:2], loss),
                        **_words(texts, places)},
@@ -369,13 +378,6 @@ def _cloud(
         "cosine_with_first": np.array([mean_cosine(x) for x in states[:, first]]),
         "anisotropy": np.array([anisotropy(x) for x in clouds]),
     }, [d.reason for d in found if d.reason]
-
-
-def _reordered(prompt: Prompt, places: Sequence[int], order: np.ndarray) -> Prompt:
-    ids = list(prompt.ids)
-    for at, source in zip(places, order):
-        ids[at] = prompt.ids[places[source]]
-    return replace(prompt, ids=tuple(ids), segments=(), tokens=(), text="")
 
 
 def _words(texts: Sequence[Prompt], places: Sequence[Sequence[int]]) -> dict[str, Any]:

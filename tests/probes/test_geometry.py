@@ -11,6 +11,7 @@ from interp.core import Prompt, PromptError, UndertowError
 from interp.figures.style import canvas
 from interp.models.model import Model
 from probes import geometry, token_loss
+from probes.block_shuffle import reordered
 from probes.layer_correlation import rank_correlation
 
 
@@ -41,6 +42,14 @@ def test_known_estimates_on_gaussian_clouds():
         assert geometry.two_nn(X, method="linear", discard=0.8).value == pytest.approx(tail, rel=0.2)
         assert geometry.gride(X, 8).value == pytest.approx(eight, rel=0.06)
         assert geometry.gride(X, 32).value == pytest.approx(most, rel=0.06)
+
+
+def test_all_scales_at_once_are_those_one_by_one_and_too_large_ones_are_missing():
+    X = np.concatenate([cloud(3, 40, 4), cloud(3, 40, 4)[:5]])
+    found = geometry.gride_scales(X, (1, 2, 4, 32))
+    assert found[:3] == pytest.approx([geometry.gride(X, n).value for n in (1, 2, 4)])
+    assert np.isnan(found[3]) and np.isnan(geometry.gride(X, 32).value)
+    assert geometry.gride_scales(X, (3,))[0] == geometry.gride(X, 3).value
 
 
 def test_the_dimension_is_that_of_the_cloud_not_of_the_space():
@@ -150,7 +159,7 @@ def test_measured_quantities_are_those_of_the_states(model):
 
 def test_shuffling_moves_tokens_but_neither_the_first_nor_the_words(model):
     prompt = Prompt.from_tokens([1, *range(10, 42)])
-    moved = geometry._reordered(prompt, tuple(range(1, 33)),
+    moved = reordered(prompt, tuple(range(1, 33)),
                                 geometry.shuffled_blocks(32, 2, np.random.default_rng(1)))
     assert moved.ids[0] == 1 and sorted(moved.ids) == sorted(prompt.ids) and moved.ids != prompt.ids
     with pytest.raises(PromptError, match="at least four"):
