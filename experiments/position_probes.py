@@ -5,24 +5,21 @@ mask (arXiv:2203.16634); similarity of nearby states (arXiv:2501.00073); positio
 pictures, and whether they are used (arXiv:2305.10046).
 """
 
-from collections.abc import Sequence
 from typing import Any, Optional
 
 import numpy as np
-import xarray as xr
 
 import interp
 from experiments import _object_positions as seen
 from experiments import _picture_questions as questions
 from experiments import _position_figures as figures
+from experiments import _position_windows as windows
 from experiments import _texts as texts
 from experiments._output import Output
 from experiments._paper import Paper, Settings
 from experiments._position_claims import CLAIMS, NUMBERS, PICTURE, TEXT
 from experiments._subject import Subject
-from interp.core import ModelNotFound, ModelRefused, Prompt, PromptError, Result, statistics
-from interp.models.model import Model
-from interp.organisms.twins import positions_off, random_twin
+from interp.core import ModelNotFound, ModelRefused, PromptError, Result, statistics
 from probes import nulls, object_position, position
 from probes.sweep import best, best_claim, sweep
 
@@ -50,12 +47,6 @@ PAPER = Paper(
 )
 TEXT_FIGURES = ("distance", "predicted", "cosine", "adjacency")
 PICTURE_FIGURES = ("objects",)
-DEEPEST = 8
-"""Blocks that untrained twins have at most."""
-
-MOST = 9
-"""Layers that are probed at most."""
-
 UNTRAINED, BARE, FREE = "untrained", "untrained, no encodings", "untrained, no encodings, no mask"
 
 
@@ -108,21 +99,23 @@ class One(Subject):
                               f"{model.name} to ask it, too")
         if length < 8:
             raise PromptError(f"{model.name} has {length} positions, too few to tell apart.")
-        tokens = self._cut(texts.random_tokens(model, count, length + 4, self.settings.rng(1)), length)
+        tokens = windows.cut(
+            model, texts.random_tokens(model, count, length + 4, self.settings.rng(1)), length)
         self.out.record(None, tokens, f"random-{model.name}")
         found: dict[str, Result] = {}
-        states = {"random tokens": self._states(model, tokens)}
+        states = {"random tokens": windows.states(model, tokens)}
         try:
-            prose = self._cut(texts.natural(model, count, 2 * length, self.settings.rng(2)), length,
-                              self.settings.rng(3))
-            states["text"] = self._states(model, prose)
+            prose = texts.natural(model, count, 2 * length, self.settings.rng(2))
+            states["text"] = windows.states(model, windows.cut(model, prose, length,
+                                                               self.settings.rng(3)))
         except PromptError:
             pass
         reason = ""
         try:
             for name, about in ((UNTRAINED, {}), (BARE, {"positions": False}),
                                 (FREE, {"positions": False, "causal": False})):
-                states[name] = self._states(self._twin(**about), tokens, ends=True)
+                twin = windows.untrained(model, self.settings.seed, **about)
+                states[name] = windows.states(twin, tokens, most=2)
         except ModelRefused as error:
             reason = str(error).rstrip(".")
         place = np.tile(np.arange(1, length), count)
@@ -135,59 +128,15 @@ class One(Subject):
             found[name] = position.absolute(some, place, documents=document, estimator=probe,
                                             seed=self.settings.seed)
             if name != "text":
-                alike[name] = position.similarity(_by_document(some, count)[:, :few], folds=3)
+                alike[name] = position.similarity(windows.by_document(some, count)[:, :few], folds=3)
         for name, one in found.items():
             label = name.replace(", ", "-").replace(" ", "-")
             self.out.save(f"absolute-{label}-{model.name}", one)
             if name in alike:
                 self.out.save(f"similarity-{label}-{model.name}", alike[name])
         self._absolute_claims(found, reason)
-        self._alike_claims(alike, _shares(found[BARE]) if BARE in found else None, reason)
+        self._alike_claims(alike, windows.shares(found[BARE]) if BARE in found else None, reason)
         self._text_figures(found, alike)
-
-    def _cut(
-        self, prompts: Sequence[Prompt], length: int, rng: Optional[np.random.Generator] = None
-    ) -> list[Prompt]:
-        """Windows without the start token, from anywhere if `rng` is given: what begins a text is a
-        position, too."""
-        start = len(texts.first_ids(self.model))
-        made = []
-        for prompt in prompts:
-            at = start if rng is None else int(rng.integers(start, len(prompt) - length + 1))
-            made.append(Prompt.from_tokens(prompt.ids[at : at + length]))
-        return made
-
-    def _states(
-        self, model: Model, prompts: Sequence[Prompt], ends: bool = False
-    ) -> xr.DataArray:
-        """States behind the first token, which is a case of its own in many models."""
-        return nulls.layer_states(model, prompts, range(1, len(prompts[0])),
-                                  layers=_some(model.n_layers, 2 if ends else MOST))
-
-    def _twin(self, **about: Any) -> Model:
-        hf = random_twin(self.model.hf, self.settings.seed, n_layers=min(self.model.n_layers, DEEPEST),
-                         **about)  # type: ignore[arg-type]
-        twin = Model(hf, f"untrained {self.model.name}")
-        if twin.kind != ("encoder" if about.get("causal") is False else "decoder"):
-            raise ModelRefused(f"the untrained {self.model.architecture} keeps its mask, whatever its "
-                               "configuration says")
-        return twin
-
-    def _encoded(self) -> str:
-        """Why the model itself is none without position encodings; "" if it is one."""
-        prompt = Prompt.from_tokens(texts.random_tokens(self.model, 1, 8, self.settings.rng(6))[0].ids)
-        site = f"resid_post.{self.model.n_layers - 1}"
-
-        def last() -> np.ndarray:
-            return self.model.run(prompt, read=site, logits="none").reads[site].values
-
-        try:
-            before = last()
-            with positions_off(self.model.hf):  # type: ignore[arg-type]
-                same = np.allclose(before, last(), rtol=1e-4, atol=1e-4 * np.abs(before).max())
-        except ModelRefused:
-            return ""
-        return "" if same else f"{self.model.name} has position encodings"
 
     def _absolute_claims(self, found: dict[str, Result], reason: str) -> None:
         def share(name: str) -> np.ndarray:
@@ -196,37 +145,37 @@ class One(Subject):
             The median of the posterior, as the constant guess is that of the positions.
             """
             one = found[name]
-            return _other_half(one["mad_median"].values) / one["constant"].values
+            return windows.other_half(one["mad_median"].values) / one["constant"].values
 
         trained = found["random tokens"]
         layers = trained["layer"].values.tolist()
-        details = {"layers": layers, "by layer": _shares(trained),
-                   "most probable position instead": _shares(trained, "mad"),
+        details = {"layers": layers, "by layer": windows.shares(trained),
+                   "most probable position instead": windows.shares(trained, "mad"),
                    "accuracy": trained["accuracy"].mean("document").values.round(3).tolist(),
                    "a random guess": float(trained["uniform"].mean() / trained["constant"].mean()),
-                   "in ordinary text": _shares(found["text"]) if "text" in found else None}
+                   "in ordinary text": windows.shares(found["text"]) if "text" in found else None}
         unit = "distance of the posterior median, as a share of the constant guess's"
         self.claim("readable", self.estimate(statistics.mean, share("random tokens")), null=1.0,
                    direction="below", unit=unit, figure="distance", details=details,
                    control="the best constant guess; the layer is chosen on other documents")
-        last, least = trained["mad"].values[-1], _other_half(trained["mad"].values)
+        last, least = trained["mad"].values[-1], windows.other_half(trained["mad"].values)
         self.claim("fades", self.estimate(statistics.difference, last, 2 * least), null=0.0,
                    unit="tokens, last block minus twice the least", figure="distance", details={
                        **details, "last": float(last.mean()), "least": float(least.mean())},
                    control="the layer of least error is chosen on other documents")
-        encoded = self._encoded()
+        encoded = windows.encodings(self.model, self.settings.rng(6))
         four = [i for i, layer in enumerate(layers) if layer <= 3]
         if encoded:
             self.skip(encoded, "early")
         else:
-            early = _other_half(trained["mad"].values[four]) / trained["constant"].values
+            early = windows.other_half(trained["mad"].values[four]) / trained["constant"].values
             self.claim("early", self.estimate(statistics.mean, early), null=0.1, direction="below",
                        unit=unit, figure="distance", details=details, control="the constant guess")
         if UNTRAINED in found:
             self.claim("training", self.estimate(statistics.difference, share(UNTRAINED),
                                                  share("random tokens")), null=0.0, unit=unit,
                        figure="distance", control="random weights of the same architecture",
-                       details={"untrained": _shares(found[UNTRAINED]), **details})
+                       details={"untrained": windows.shares(found[UNTRAINED]), **details})
         if BARE in found:
             first = found[BARE]["mad_median"].values[0] / found[BARE]["constant"].values
             self.claim("input", self.estimate(statistics.mean, first), null=0.9, unit=unit,
@@ -236,7 +185,7 @@ class One(Subject):
             free = found[FREE]["mad_median"].values[-1] / found[FREE]["constant"].values
             self.claim("bidirectional", self.estimate(statistics.mean, free), null=0.9, unit=unit,
                        figure="distance", control="the same weights with the mask",
-                       details={"by layer": _shares(found[FREE])})
+                       details={"by layer": windows.shares(found[FREE])})
         self.skip(reason, *(k for k in ("training", "input", "bidirectional")
                             if k not in self.told))
         self.skip("it compares models that were trained alike with different position encodings, and "
@@ -300,7 +249,7 @@ class One(Subject):
             raise PromptError(reason)
         looked = seen.look(model, pick(100, tiny=18), self.settings.rng(4))
         out.record(None, looked.prompts, f"pictures-{model.name}")
-        layers = _some(model.n_layers)
+        layers = windows.layers(model.n_layers)
         objects, last = seen.states(model, looked, layers)
         more: dict[str, Any] = dict(folds=pick(4, tiny=3), seed=self.settings.seed)
         many = pick(50, tiny=20)
@@ -397,33 +346,6 @@ class One(Subject):
         else:
             self.claim("unused", answers, details={"present but unused": not used}, **more)
         return {"answers": answers, "questions": asks}
-
-
-def _some(n_layers: int, most: int = MOST) -> list[int]:
-    """All blocks, or so many evenly spaced ones, the first and the last among them."""
-    return sorted({int(i) for i in np.linspace(0, n_layers - 1, min(n_layers, most)).round()})
-
-
-def _shares(found: Result, what: str = "mad_median") -> list[float]:
-    """Distances by layer, as shares of the constant guess's."""
-    share = found[what].mean("document") / found["constant"].mean()
-    return share.values.round(3).tolist()
-
-
-def _by_document(states: xr.DataArray, count: int) -> xr.DataArray:
-    values = states.values
-    return xr.DataArray(values.reshape(len(values), count, -1, values.shape[-1]),
-                        dims=("layer", "document", "position", "d_model"),
-                        coords={"layer": states["layer"].values})
-
-
-def _other_half(values: np.ndarray) -> np.ndarray:
-    """Per document the value in the layer that is least on the other half: `[layer, document]`."""
-    half = np.arange(values.shape[1]) % 2 == 0
-    made = np.empty(values.shape[1])
-    for side in (half, ~half):
-        made[side] = values[int(values[:, ~side].mean(1).argmin()), side]
-    return made
 
 
 def _by_question(looked: seen.Looked, more: dict[str, Any]) -> float:

@@ -2,16 +2,21 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from transformers import CLIPImageProcessorPil, LlavaProcessor
 from typer.testing import CliRunner
 
+import interp
+from experiments import _position_windows as windows
 from experiments import position_probes as pp
 from experiments.__main__ import app
 from experiments._output import execute
 from experiments._paper import Settings, load
 from experiments._position_claims import CLAIMS, PICTURE, TEXT, TRIVIAL
+from interp.core import ModelRefused
+from interp.models.model import Model
 from interp.models.reinitialize import redrawn
 
 
@@ -136,3 +141,34 @@ def test_an_unknown_model_is_one_sentence(tmp_path):
     assert done.exit_code == 1 and "Traceback" not in done.output
     lines = [line for line in done.output.splitlines() if "nowhere" in line]
     assert len(lines) == 1 and "there is no folder" in lines[0]
+
+
+def test_a_layer_is_chosen_on_other_documents():
+    noise = np.random.default_rng(0).random((60, 40))
+    assert noise.mean(1).min() < 0.42 and abs(windows.other_half(noise).mean() - 0.5) < 0.06
+    assert windows.layers(32) == [0, 4, 8, 12, 16, 19, 23, 27, 31] and windows.layers(3) == [0, 1, 2]
+
+
+def test_windows_begin_anywhere_and_hold_no_start_token():
+    model = interp.open_model("reader")
+    rng = np.random.default_rng(0)
+    prompts = [interp.Prompt.from_tokens([model.tokenizer.bos_token_id, *range(10, 40)])
+               for _ in range(60)]
+    made = [prompt.ids for prompt in windows.cut(model, prompts, 6, rng)]
+    begins = {ids[0] for ids in made}
+    assert {len(ids) for ids in made} == {6} and len(begins) > 12 and begins <= set(range(10, 35))
+    assert {prompt.ids for prompt in windows.cut(model, prompts, 6)} == {tuple(range(10, 16))}
+
+
+def test_encodings_are_found_by_what_they_do_and_not_by_name(tiny, monkeypatch):
+    def encoded(hf):
+        return windows.encodings(Model(hf, "it"), np.random.default_rng(0))
+
+    def unknown(hf):
+        raise ModelRefused("no such names")
+
+    for by_name in (windows.positions_off, unknown):
+        monkeypatch.setattr(windows, "positions_off", by_name)
+        assert encoded(counted(tiny, 0.0)) == ""
+        for hf in (counted(tiny, 1.0), tiny("llama"), tiny("mistral")):
+            assert encoded(hf) == "it has position encodings"
