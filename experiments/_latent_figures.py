@@ -110,10 +110,11 @@ def hubs(name: str, counts: Mapping[str, np.ndarray], total: int, seed: int) -> 
 
 def cones(name: str, found: Result) -> Figure:
     """Plain and centered cosines, and how slowly tokens change."""
-    figure, axes = canvas(1, 3, width=PAGE, height=2.9)
+    figure, axes = canvas(1, 3, width=PAGE, height=2.5)
     for ax, centered in zip(axes, (False, True)):
         alignment.draw(found, ax, centered)
-    axes[0].legend(loc="lower left", bbox_to_anchor=(0.0, 1.08), ncols=2)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4)
     axes[0].set_title(name)
     for modality in alignment.MODALITIES:
         axes[2].plot(found["block"], found["step"].sel(modality=modality).mean("prompt"), "-o",

@@ -88,9 +88,9 @@ class _One(Subject):
         model, settings = self.model, self.settings
         self.k = 1 if model.d_vocab < SMALL_VOCABULARY else 3
         self.few = {"resamples": settings.pick(2000, tiny=300)}
-        self.all = _patch_words.shown(model, settings.pick(36, tiny=15), settings.rng(1), TASKS)
+        self.all = _patch_words.shown(model, settings.pick(36, tiny=12), settings.rng(1), TASKS)
         self.prompts = [one.prompt for one in self.all]
-        blank = _patch_words.empty(model, settings.pick(8, tiny=3), settings.rng(2))
+        blank = _patch_words.empty(model, settings.pick(8, tiny=2), settings.rng(2))
         self.out.record(model, self.prompts, f"questions-{model.name}")
         self.tokens = visual_tokens(model, [*self.prompts, *blank])
         self.x, self.image = self.tokens["state"].values, self.tokens["prompt"].values
@@ -158,6 +158,16 @@ class _One(Subject):
                        "phi-sinks": int(self.sinks.sum()), "words read": self.k,
                        "alive by three words, same place": float((self._fit(
                            "same place", every, 3).predict(self.x[self.real]) == "alive").mean())})
+        self.random, bare = None, "not measured: a second model of this size is too large"
+        if sum(p.numel() for p in self.model.hf.parameters()) <= LARGE:
+            random = visual_tokens(reinitialized(self.model, self.settings.seed), self.prompts)
+            self.random = random["state"].values
+            made = TokenClasses(self.k, constant=self.rule).fit(
+                self.random, embeddings=word_embeddings(self.model), images=random["prompt"].values,
+                places=random["place"].values, received=random["received"].values)
+            bare = f"{(made.predict(self.random) != 'alive').mean():.0%} of the tokens are constant"
+        # Constant tokens need no training: a tower with random weights may have them too.
+        self.control = f"with random weights: {bare}"
         self.labels = nearest_token.labels(found)
         self.constant = self.kind != "alive"
         self.about = {"classes": f"constant {self.rule}", "shares": shares, "landmarks": {
@@ -199,7 +209,7 @@ class _One(Subject):
 
         self.claim("stable", statistics.bootstrap(kappa, same, a, b, **self.few,
                                                   name="agreement beyond chance (kappa)"),
-                   null=0.0, figure="shares", control="classes at random, as often",
+                   null=0.0, figure="shares", control=f"classes at random, as often ({self.control})",
                    details={**self.about, "agreement": float(same.mean())})
         held = np.zeros((len(self.prompts), 2))
         for column, mine in enumerate((kind != "alive", kind == "alive")):
@@ -211,7 +221,8 @@ class _One(Subject):
         else:
             self.claim("constant", statistics.difference(*held[known].T, **self.few), null=0.0,
                        figure="map", unit=f"cosine to tokens of other pictures, {self.rule}",
-                       control="alive tokens; landmarks were found in the other half of the pictures",
+                       control="alive tokens, by landmarks of the other half of the pictures "
+                       f"({self.control})",
                        details={**self.about, "sink and dead": float(held[known, 0].mean()),
                                 "alive": float(held[known, 1].mean())})
         self._presence()
@@ -290,14 +301,11 @@ class _One(Subject):
         right = _probe(self.x[rows], color, groups)
         details: dict[str, Any] = {"chance": float(max(np.mean(color == c) for c in set(color))),
                                    "tokens": len(mine)}
-        parameters = sum(p.numel() for p in self.model.hf.parameters())
-        if parameters > LARGE:
+        if self.random is None:
             null = np.full(len(mine), details["chance"])
             control = "the most frequent color (a second model with random weights is too large)"
         else:
-            random = visual_tokens(reinitialized(self.model, self.settings.seed), self.prompts,
-                                   received=False)["state"].values
-            null = _probe(random[rows], color, groups)
+            null = _probe(self.random[rows], color, groups)
             control = "the same tokens of a model with random weights"
         try:
             details["from the vision tower"] = float(_probe(self._tower()[rows], color, groups).mean())
@@ -389,12 +397,13 @@ class _One(Subject):
 
     def _blocks(self, answers: Sequence[int], whole: np.ndarray) -> None:
         model, n = self.model, self.model.n_layers
-        few = self.settings.pick(15, tiny=8)
-        some, right, wanted = self.prompts[:few], whole[:few], answers[:few]
+        some = self.prompts[: self.settings.pick(15, tiny=6)]
+        right, wanted = whole[: len(some)], answers[: len(some)]
         sets = {"image": [list(p.positions("image")) for p in some],
                 "question": [_asking(p) for p in some]}
         bands = flow.bands(n)
-        kept = {name: bands[name] for name in ("early", "middle", "late", "all")}
+        kept = {name: bands[name] for name in self.settings.pick(
+            ("early", "middle", "late", "all"), tiny=("middle", "all"))}
         skipped = {name: token_interventions.skip(model, some, wanted, sets, [
             half for layer in layers for half in (layer, layer + 0.5)])["correct"]
             for name, layers in kept.items()}
@@ -409,8 +418,9 @@ class _One(Subject):
                        "question, by window": {name: float(x.sel(condition="question").mean())
                                                for name, x in skipped.items()},
                        "image tokens do not see each other": float(blind.mean())})
-        layers = sorted({round(x) for x in np.linspace(0, n - 1, min(n, 8))} | {n // 2})
-        before = [self.x[self.image == i] for i in range(few)]
+        few = min(n, self.settings.pick(8, tiny=2))
+        layers = sorted({round(x) for x in np.linspace(0, n - 1, few)} | {n // 2})
+        before = [self.x[self.image == i] for i in range(len(some))]
         # Pictures of other sizes have other numbers of tokens.
         other = None if len({len(x) for x in before}) > 1 else [*before[1:], before[0]]
         entered = token_interventions.enter_late(model, some, wanted, layers=layers,

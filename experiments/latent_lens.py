@@ -98,7 +98,7 @@ class _One(Subject):
         model, settings = self.model, self.settings
         self.few = {"resamples": settings.pick(2000, tiny=300)}
         self.skip("it compares at least six models or checkpoints, and one is looked at here", "score")
-        self.all = _patch_words.shown(model, settings.pick(24, tiny=10), settings.rng(1), TASKS)
+        self.all = _patch_words.shown(model, settings.pick(24, tiny=8), settings.rng(1), TASKS)
         self.prompts = [one.prompt for one in self.all]
         self.patches = [p for one in self.all for p in one.patches if p.words]
         self.picture = np.array([p.picture for p in self.patches])
@@ -109,7 +109,10 @@ class _One(Subject):
         if reason:
             self.give_up(reason)
             return
-        texts = _texts(model, settings.pick(220, tiny=60), settings.rng(2))
+        self.random = None
+        if sum(p.numel() for p in model.hf.parameters()) <= LARGE:
+            self.random = reinitialized(model, settings.seed)
+        texts = _texts(model, settings.pick(220, tiny=40), settings.rng(2))
         self.out.record(model, texts, f"bank-{model.name}")
         self._lens(texts)
         self._alignment()
@@ -132,9 +135,8 @@ class _One(Subject):
         at = {name: {int(x): [float(own[i].mean()), float(other[i].mean())] for i, x in enumerate(
             read.layers)} for name, (own, other) in hits.items()}
         control: dict[str, Any] = {}
-        if sum(p.numel() for p in self.model.hf.parameters()) <= LARGE:
-            own, other = self._agree(self._read(reinitialized(self.model, self.settings.seed),
-                                                texts).words)
+        if self.random is not None:
+            own, other = self._agree(self._read(self.random, texts).words)
             control["with random weights"] = float((own - other).mean())
         reads = statistics.mean(lift["latent"], **groups)
         unit = "share of visual tokens, above words of other pictures, mean over layers"
@@ -175,19 +177,23 @@ class _One(Subject):
         kept = range(n) if n <= ALL_LAYERS else contextual_lens.bank_layers(n)
         bank = contextual_lens.build(model, texts, layers=list(kept), n_neighbors=K,
                                      seed=self.settings.seed, batch_size=16)
-        where = [[p.position for p in self.patches if p.picture == i] for i in range(len(self.all))]
-        used = [i for i, some in enumerate(where) if some]
-        states = layer_states(model, [self.prompts[i] for i in used],
-                              [sorted(set(where[i])) for i in used], layers=_asked(n))
-        at = {(used[int(i)], int(p)): row for row, (i, p) in enumerate(zip(
-            states["prompt"].values, states["position"].values))}
-        rows = [at[p.picture, p.position] for p in self.patches]
-        x = states.values[:, rows]
+        x = self._states(model)
         distance, index = bank.kneighbors(x.reshape(-1, x.shape[-1]))
         token = bank.rows_["token"].to_numpy()
         shape = (*x.shape[:2], K)
-        return Read(bank, x, [int(i) for i in states.layer.values], token[index].reshape(shape),
-                    index.reshape(shape), distance.reshape(shape))
+        return Read(bank, x, [-1, *_asked(n)], token[index].reshape(shape), index.reshape(shape),
+                    distance.reshape(shape))
+
+    def _states(self, model: Model) -> np.ndarray:
+        """The visual tokens on objects, `[layer, sample, d_model]`, from the input on."""
+        where = [sorted({p.position for p in self.patches if p.picture == i})
+                 for i in range(len(self.all))]
+        used = [i for i, some in enumerate(where) if some]
+        states = layer_states(model, [self.prompts[i] for i in used], [where[i] for i in used],
+                              layers=_asked(model.n_layers))
+        at = {(used[int(i)], int(p)): row for row, (i, p) in enumerate(zip(
+            states["prompt"].values, states["position"].values))}
+        return states.values[:, [at[p.picture, p.position] for p in self.patches]]
 
     def _logits(self) -> np.ndarray:
         """The top words of the logit lens, `[layer, sample, k]`; layer l leaves block l."""
@@ -229,7 +235,7 @@ class _One(Subject):
         if reason:
             self.skip(f"{self.model.name}: {reason}", "leap")
             return
-        held = _texts(self.model, self.settings.pick(40, tiny=15), self.settings.rng(7))
+        held = _texts(self.model, self.settings.pick(40, tiny=8), self.settings.rng(7))
         where = contextual_lens.contexts(held, per_token=20)
         pairs = [(p, w) for p, w in zip(held, where) if w]
         words = layer_states(self.model, [p for p, _ in pairs], [w for _, w in pairs], layers=[])
@@ -254,13 +260,14 @@ class _One(Subject):
         across = found["mismatched"].mean("layer").values
         details: dict[str, Any] = {name: float(found[name].mean()) for name in (
             "image", "text", "matched", "mismatched")}
-        if sum(p.numel() for p in model.hf.parameters()) <= LARGE:
-            bare = alignment.measure(reinitialized(model, self.settings.seed), self.prompts, described,
-                                     permutations=1)
-            details["the same gap with random weights"] = float(
-                ((bare["image"] + bare["text"]) / 2 - bare["mismatched"]).mean())
+        control = "pairs across modalities"
+        if self.random is not None:
+            bare = alignment.measure(self.random, self.prompts, described, permutations=1)
+            gap = float(((bare["image"] + bare["text"]) / 2 - bare["mismatched"]).mean())
+            details["the same gap with random weights"] = gap
+            control += f"; the same model with random weights has a gap of {gap:.2f} too"
         self.claim("cones", statistics.difference(within, across, **self.few), null=0.0, figure="cones",
-                   unit="cosine, within minus across modalities", control="pairs across modalities",
+                   unit="cosine, within minus across modalities", control=control,
                    details=details)
         step = found["step"].mean("block")
         self.claim("slow", statistics.difference(*(step.sel(modality=m).values for m in (
@@ -279,8 +286,9 @@ class _One(Subject):
         self._weights(described)
 
     def _weights(self, described: Sequence[Prompt]) -> None:
-        model, parts = self.model, 6
-        layers = sorted({round(x) for x in np.linspace(0, model.n_layers - 1, min(model.n_layers, 6))})
+        model, parts = self.model, self.settings.pick(6, tiny=statistics.FEWEST)
+        few = min(model.n_layers, self.settings.pick(6, tiny=2))
+        layers = sorted({round(x) for x in np.linspace(0, model.n_layers - 1, few)})
         groups = [list(range(i, len(self.all), parts)) for i in range(parts)]
         try:
             found = [alignment.mask_overlap(

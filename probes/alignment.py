@@ -314,10 +314,15 @@ def mask_overlap(
 
 @style()
 def draw(found: Result, ax: Axes, centered: bool = False) -> Axes:
-    """Mean cosine by layer: within images, within texts, of own pairs, and of other pairs in gray."""
+    """Mean cosine by layer: within images, within texts, of own pairs, and of other pairs in gray.
+
+    Centered, only pairs are drawn: within a modality the mean is -1 / (n - 1), whatever the states.
+    """
     prefix = "centered_" if centered else ""
     for name, role, line in (("image", "image", "-o"), ("text", "text", "-o"),
                              ("matched", "question", "-s"), ("mismatched", "control", "--")):
+        if centered and name in MODALITIES:
+            continue
         label = {"image": "image with other images", "text": "text with other texts",
                  "matched": "image with its text", "mismatched": "image with other texts"}[name]
         ax.plot(found["layer"], found[prefix + name].mean("prompt"), line, color=color(role),

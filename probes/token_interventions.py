@@ -245,7 +245,9 @@ def enter_late(
 
     Source: arXiv:2603.00510 (`vision_entry_layer`, which no released script uses).
     """
-    given = _check(prompts, answers, {} if other is None else {"other": other})
+    given = _check(prompts, answers, {})
+    if other is not None and len(other) != len(given):
+        raise PromptError(f"tokens of {len(other)} other pictures for {len(given)} prompts.")
     numbers = [int(x) for x in (range(model.n_layers) if layers is None else layers)]
     names = ["as they came", "resized", *(["other"] if other is not None else [])]
     table = {name: np.full((len(given), len(names), len(numbers)), np.nan) for name in _NUMBERS}
