@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Optional
 
 import numpy as np
+import torch
 import xarray as xr
 
 from experiments import _texts as texts
@@ -65,24 +66,25 @@ def untrained(model: Model, seed: int, **about: Any) -> Model:
 def encodings(model: Model, rng: np.random.Generator) -> str:
     """Why a model is none without position encodings; "" if it is one.
 
-    Without any, what block 0 makes of the last token is the same in whatever order the others come;
-    and taking away those that can be found changes nothing in later blocks.
+    Without any, what attention of block 0 adds to the last token is the same in whatever order the
+    others come; and taking away those that can be found changes nothing in later blocks.
     """
     prompt = texts.random_tokens(model, 1, 12, rng)[0]
     turned = Prompt.from_tokens((*prompt.ids[:-1][::-1], prompt.ids[-1]))
 
-    def last(given: Prompt, layer: int) -> np.ndarray:
-        site = f"resid_post.{layer}"
+    def last(given: Prompt, site: str) -> np.ndarray:
         return model.run(given, read=site, logits="none").reads[site].values[0, 0, -1]
 
     def alike(x: np.ndarray, y: np.ndarray) -> bool:
-        return bool(np.abs(x - y).max() <= 1e-3 * np.abs(x).max())
+        return bool(np.abs(x - y).max() <= exact * np.abs(x).max())
 
-    same = alike(last(prompt, 0), last(turned, 0))
-    before = last(prompt, model.n_layers - 1)
+    exact = 1e-3 if model.dtype in (torch.float32, torch.float64) else 3e-2
+    end = f"resid_post.{model.n_layers - 1}"
+    same = alike(last(prompt, "attn_out.0"), last(turned, "attn_out.0"))
+    before = last(prompt, end)
     try:
         with positions_off(model.hf):  # type: ignore[arg-type]
-            same = same and alike(before, last(prompt, model.n_layers - 1))
+            same = same and alike(before, last(prompt, end))
     except ModelRefused:
         pass
     return "" if same else f"{model.name} has position encodings"
