@@ -9,6 +9,7 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 import interp
 from experiments import _passages, _texts
@@ -216,6 +217,10 @@ class Words(Subject):
                         markersize=3, label=f"{name} tokens")
             ax.set_xscale("log")
             ax.set_yscale("log")
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter(ScalarFormatter())
+                axis.set_minor_formatter(NullFormatter())
             ax.set_xlabel("occurrences")
             ax.set_ylabel(f"features activated ({self.kind})")
             ax.set_title(f"{self.model.name}, layer {layer}")

@@ -55,7 +55,7 @@ class StickyTokenDetector(BaseEstimator):
             random order: what is done at any time is a random sample.
 
     Attributes:
-        mean_similarity_: of the whole vocabulary. usable_: token id -> text.
+        encoder_: of sentences. mean_similarity_: of the whole vocabulary. usable_: token -> text.
         scores_: per token `score`, `screened` (in bfloat16), `refined`, and `intact`, the share of
             inserted copies that are this token once the sentence is read.
         threshold_, candidates_: of the scores, and who reaches it, best first.
@@ -108,8 +108,8 @@ class StickyTokenDetector(BaseEstimator):
     # -- steps 0 to 2 ------------------------------------------------------------------------------
 
     def _begin(self, model: Any, sentences: Union[Sequence[str], Pairs]) -> None:
-        self._exact = SentenceEncoder(model)
-        self._fast = SentenceEncoder(model, precision="bfloat16") if self.screen else self._exact
+        self.encoder_ = SentenceEncoder(model)
+        self._fast = SentenceEncoder(model, precision="bfloat16") if self.screen else self.encoder_
         self.usable_ = rules.usable_tokens(model.tokenizer)
         self.order_ = self._order()
         self._kept = KeptTables(self.folder, {"weights": fingerprint(model),
@@ -124,10 +124,10 @@ class StickyTokenDetector(BaseEstimator):
         some = np.arange(n)
         if self.mean_tokens is not None and int(self.mean_tokens) < n:
             some = np.random.default_rng([int(self.seed), 3]).permutation(n)[: int(self.mean_tokens)]
-        stage = self._kept.stage("mean", encoder=self._exact.settings(),
+        stage = self._kept.stage("mean", encoder=self.encoder_.settings(),
                                  tokens=content_key(some.tolist()))
         found = self._kept.shards(stage, [some.tolist()], lambda part: pd.DataFrame({"mean": [
-            rules.mean_similarity(self._exact.encode(tokenizer.convert_ids_to_tokens(part)))]}))
+            rules.mean_similarity(self.encoder_.encode(tokenizer.convert_ids_to_tokens(part)))]}))
         mean = float(found["mean"].iloc[0])
         # In a sample a token meets itself more often than in the whole.
         others = (len(some) * mean - 1) / (len(some) - 1)
@@ -149,7 +149,7 @@ class StickyTokenDetector(BaseEstimator):
         if not sentences or len(set(map(content_key, sentences))) < 3:
             raise PromptError("give at least three different sentences, or pairs of sentences.")
         stage = self._kept.stage("pairs", texts=content_key(sentences), n=int(self.n_candidate_pairs),
-                                 encoder=self._exact.settings())
+                                 encoder=self.encoder_.settings())
         found = self._kept.shards(stage, [sentences], self._sampled)
         self.sampled_ = list(zip(found["first"], found["second"]))
         self.similarity_ = found["similarity"].to_numpy()
@@ -164,17 +164,17 @@ class StickyTokenDetector(BaseEstimator):
 
     def _sampled(self, sentences: list[Any]) -> pd.DataFrame:
         pairs = [(str(one[0]), str(one[1])) for one in sentences if not isinstance(one, str)]
-        if not pairs:
-            texts = list(dict.fromkeys(sentences))
-            vectors = _unit(self._exact.encode(texts))
-            pairs = [(texts[a], texts[b]) for a, b in rules.uniform_pairs(
-                vectors @ vectors.T, self.n_candidate_pairs)]
-        first, second = (_unit(self._exact.encode([pair[i] for pair in pairs])) for i in (0, 1))
-        return pd.DataFrame({"first": [a for a, _ in pairs], "second": [b for _, b in pairs],
-                             "similarity": (first * second).sum(1)})
+        texts = list(dict.fromkeys([t for pair in pairs for t in pair] if pairs else sentences))
+        vectors = _unit(self.encoder_.encode(texts))
+        at = {text: i for i, text in enumerate(texts)}
+        rows = np.array([(at[a], at[b]) for a, b in pairs]) if pairs else rules.uniform_pairs(
+            vectors @ vectors.T, self.n_candidate_pairs)
+        return pd.DataFrame({
+            "first": [texts[a] for a, _ in rows], "second": [texts[b] for _, b in rows],
+            "similarity": (vectors[rows[:, 0]] * vectors[rows[:, 1]]).sum(1)})
 
     def _sources(self, pairs: np.ndarray) -> np.ndarray:
-        return _unit(self._exact.encode([self.sampled_[i][0] for i in pairs]))
+        return _unit(self.encoder_.encode([self.sampled_[i][0] for i in pairs]))
 
     def _words(self, pairs: np.ndarray) -> list[int]:
         return [len(self.sampled_[i][1].split()) for i in pairs]
@@ -213,7 +213,7 @@ class StickyTokenDetector(BaseEstimator):
         n = max(1, int(np.ceil(float(self.refine) * len(ranked))))
         rng = np.random.default_rng([int(self.seed), 1])
         rest = rng.permutation(ranked[n:])[: int(np.ceil(float(self.audit) * len(ranked)))]
-        exact = pd.concat([self._scores(name, ids, 16, self._exact)
+        exact = pd.concat([self._scores(name, [int(i) for i in ids], 16, self.encoder_)
                            for name, ids in (("refine", ranked[:n]), ("audit", rest))
                            if len(ids)])["score"]
         table = table.copy()
@@ -282,7 +282,7 @@ class StickyTokenDetector(BaseEstimator):
                     found.to_numpy(), self.whisker)]]
         if self.screen and self.check:
             few = [int(i) for i in rng.permutation(self.candidates_)[: int(self.check)]]
-            exact = self._rates("check", few, at, self._exact)
+            exact = self._rates("check", few, at, self.encoder_)
             gap = (exact - self.pull_rate_[few]).abs()
             self.agreement_ = {"tokens": len(few), "largest": float(gap.max()),
                                "mean": float(gap.mean())}
@@ -299,63 +299,67 @@ class StickyTokenDetector(BaseEstimator):
         return pd.Series(rules.pull_rate(wide, before), index=done["token"].iloc[:: len(before)])
 
     def _pulled(
-        self, encoder: SentenceEncoder, tokens: Sequence[int], places: Any, pairs: np.ndarray
+        self, encoder: SentenceEncoder, tokens: Sequence[int], places: Any, pairs: np.ndarray,
+        copies: Optional[Sequence[int]] = None,
     ) -> pd.DataFrame:
-        """The mean distance over the copies, per token, pair and place."""
-        rows, source = [], self._sources(pairs)
-        for i in tokens:
-            texts = [text for p, where in zip(pairs, places[i])
-                     for text in rules.variants(self.usable_[i], self.sampled_[p][1], where)]
-            vectors = _unit(encoder.encode(texts)).reshape(len(pairs), 3, int(self.insertions), -1)
-            distance = 1 - np.einsum("pskd,pd->psk", vectors, source).mean(-1)
-            rows.append(pd.DataFrame({"token": i, "pair": pairs, **{
-                place: distance[:, k] for k, place in enumerate(rules.PLACES)}}))
-        return pd.concat(rows, ignore_index=True)
+        """The mean distance over the numbers of copies, per token, pair and place."""
+        source, n = self._sources(pairs), int(self.insertions)
+        steps = [k - 1 + place * n for place in range(3) for k in copies or range(1, n + 1)]
+        texts = [made[k] for i in tokens for p, where in zip(pairs, places[i])
+                 for made in [rules.variants(self.usable_[i], self.sampled_[p][1], where)]
+                 for k in steps]
+        vectors = _unit(encoder.encode(texts)).reshape(
+            len(tokens), len(pairs), 3, len(steps) // 3, source.shape[1])
+        distance = 1 - np.einsum("tpskd,pd->tpsk", vectors, source, optimize=True).mean(-1)
+        return pd.DataFrame({"token": np.repeat(np.asarray(tokens), len(pairs)),
+                             "pair": np.tile(pairs, len(tokens)), **{
+            place: distance[..., k].reshape(-1) for k, place in enumerate(rules.PLACES)}})
 
     # -- what the procedure leaves out -------------------------------------------------------------
 
-    def pull_rates(self, tokens: Sequence[int]) -> pd.Series:
-        """Pull rates of any usable tokens on the validation pairs, as the model is.
-
-        Places are drawn per token, so that a rate does not depend on which others are asked for.
-        """
-        check_is_fitted(self, "similarity_")
-        places = {}
-        for i in tokens:
-            rng = random.Random(f"{self.seed}-{i}")
-            places[i] = rules.random_places(self._words(self.validation_pairs_), 1, self.insertions,
-                                            rng)[0]
-        return self._rates("asked", [int(i) for i in tokens], places, self._exact)
-
-    def symmetry(self, tokens: Sequence[int], n_pairs: int = 25) -> pd.DataFrame:
+    def effects(
+        self, tokens: Sequence[int], n_pairs: int = 25, *, copies: Optional[Sequence[int]] = None,
+        exact: bool = True,
+    ) -> pd.DataFrame:
         """What tokens do to pairs on both sides of the mean: do they pull together, or to the mean?
 
-        Returns a row per token: `up` and `down`, the shares of pairs below the mean that come
-        closer and of pairs above it that move apart; `variance`, that of the similarity over all
-        these pairs after the insertions relative to before; and `gap`, the same for the mean
-        distance to the model's mean similarity.
+        Places are drawn per token, so that a row does not depend on which others are asked for.
+
+        Args:
+            n_pairs: on either side. copies: numbers of insertions; 1 to `insertions` for None.
+            exact: as the model is, or as it is screened.
+
+        Returns a row per token: `rate`, the pull rate on the pairs below the mean; `down`, the share
+        of pairs above it that move apart; `variance`, that of the similarity over all these pairs
+        after the insertions relative to before; and `gap`, the same for the mean distance to the
+        model's mean similarity.
         """
         check_is_fitted(self, "similarity_")
         mean, high = self.mean_similarity_, float(self.similarity_.max())
         lower = rules.pairs_below(self.similarity_, mean, n_pairs)
         above = np.flatnonzero(self.similarity_ > mean)
-        # Copies of one sentence cannot come closer, so the upper end mirrors the lower one.
+        if not len(above):
+            raise ValueError(f"no pair is more similar than the model's mean of {mean:.3f}; give "
+                             "sentences some of which are alike.")
+        # Two copies of one sentence cannot come closer: the upper end mirrors the lower one.
         targets = np.linspace(mean + 0.2 * (high - mean), high, n_pairs)
         upper = above[np.abs(self.similarity_[above][None] - targets[:, None]).argmin(1)]
         pairs = np.concatenate([lower, upper])
         before = self.similarity_[pairs]
-        rows = []
-        for i in tokens:
-            rng = random.Random(f"{self.seed}-{i}")
-            places = {i: rules.random_places(self._words(pairs), 1, self.insertions, rng)[0]}
-            made = self._pulled(self._exact, [i], places, pairs)[list(rules.PLACES)].to_numpy()
-            after = 1 - (made * rules.PULL_WEIGHTS).sum(1)
-            rows.append({
-                "token": i, "text": self.usable_[i],
-                "up": float((after[: len(lower)] > before[: len(lower)]).mean()),
-                "down": float((after[len(lower) :] < before[len(lower) :]).mean()),
-                "variance": float(after.var() / before.var()),
-                "gap": float(np.abs(after - mean).mean() / np.abs(before - mean).mean())})
+        places = {i: rules.random_places(self._words(pairs), 1, self.insertions,
+                                         random.Random(f"{self.seed}-{i}"))[0] for i in tokens}
+        encoder, split, rows = self.encoder_ if exact else self._fast, len(lower), []
+        for part in _parts(tokens, 16):
+            made = self._pulled(encoder, part, places, pairs, copies)
+            wide = made[list(rules.PLACES)].to_numpy().reshape(len(part), len(pairs), 3)
+            for i, distance in zip(part, wide):
+                after = 1 - (distance * rules.PULL_WEIGHTS).sum(1)
+                rows.append({
+                    "token": i, "text": self.usable_[i],
+                    "rate": float(rules.pull_rate(distance[:split], 1 - before[:split])),
+                    "down": float((after[split:] < before[split:]).mean()),
+                    "variance": float(after.var() / before.var()),
+                    "gap": float(np.abs(after - mean).mean() / np.abs(before - mean).mean())})
         return pd.DataFrame(rows).set_index("token")
 
 
