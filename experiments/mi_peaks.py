@@ -226,7 +226,7 @@ class Peaks(Subject):
             return
         flat = np.concatenate([np.array(trace) for trace in self.traces])
         present = [i for i in ids if (flat == i).any()]
-        if np.isin(flat, present).sum() < 20:
+        if np.isin(flat, present).sum() < 10:
             count = int(np.isin(flat, present).sum())
             self.skip(f"{self.model.name} writes {count} words of reflection in its traces", "enriched",
                       "suppressed")

@@ -1,5 +1,6 @@
 """Peaks on the reader, on models that solve nothing, and the parts that need words of reflection."""
 
+import copy
 import string
 
 import numpy as np
@@ -11,6 +12,7 @@ import interp
 from experiments import _math_problems, _thinking_tokens, mi_peaks
 from experiments._output import execute
 from experiments._paper import Settings, load
+from experiments._passages import PASSAGES
 from interp.core import Prompt
 from interp.models.model import Model
 
@@ -44,12 +46,13 @@ def test_models_without_words_are_told_so(tiny, letters, tmp_path, architecture)
     assert sum("neither" in c.reason for c in found.claims) == len(CLAIMS) - 2
 
 
-def words_model(tiny, folder):
+@pytest.fixture(scope="module")
+def words(tiny, tmp_path_factory):
     """A random model whose tokenizer knows words of English."""
-    import copy
+    return words_model(tiny, tmp_path_factory.mktemp("random") / "words")
 
-    from experiments._passages import PASSAGES
 
+def words_model(tiny, folder):
     hf = copy.deepcopy(tiny("llama"))
     text = " ".join(half for pair in PASSAGES for half in pair)
     text += " ".join(q + " " + s for q, s, _ in _math_problems.PROBLEMS)
@@ -69,8 +72,8 @@ def words_model(tiny, folder):
     return folder
 
 
-def test_a_model_that_solves_nothing_reasons_about_nothing(tiny, tmp_path):
-    found = outcome(words_model(tiny, tmp_path / "words"), tmp_path / "out", "items")
+def test_a_model_that_solves_nothing_reasons_about_nothing(words, tmp_path):
+    found = outcome(words, tmp_path / "out", "items")
     reasons = [c.reason for c in found.claims if "solves 0 of 12 problems" in c.reason]
     assert len(reasons) == len(CLAIMS) - 3
     (artifact,) = [c for c in found.claims if c.sentence == CLAIMS["artifact"][0]]
@@ -120,3 +123,24 @@ def test_records_alone_are_the_solutions_of_the_reader():
     for prompt, solution, answer in zip(made.prompts, made.solutions, made.answers):
         assert solution.ids[2] == prompt.ids[-1] and list(solution.ids[3:6]) == answer
     assert made.solved.mean() > 0.5
+
+
+def test_words_of_reflection_are_counted_and_suppressed_where_a_model_writes_them(
+    words, tmp_path, monkeypatch
+):
+    """A random model's commonest word stands for them; all problems but one count as solved."""
+    monkeypatch.setattr(_math_problems, "PROBLEMS", _math_problems.PROBLEMS[:7])
+    monkeypatch.setattr(mi_peaks, "_steps", lambda settings: 10)
+    model = interp.open_model(str(words))
+    made = mi_peaks.tasks(model, Settings.of(tiny=True))
+    common = np.bincount(np.concatenate(made.traces)).argmax()
+    monkeypatch.setattr(_thinking_tokens, "THINKING", (model.tokenizer.convert_ids_to_tokens(
+        [int(common)])[0].lower(),))
+    monkeypatch.setattr(_math_problems, "gives", lambda text, answer: answer != 25)
+    found = {c.sentence: c for c in outcome(words, tmp_path / "out", "items").claims}
+    enriched, suppressed = (found[CLAIMS[key][0]] for key in ("enriched", "suppressed"))
+    assert enriched.control == "other tokens of equal frequency"
+    assert enriched.details["chosen"] >= 10
+    assert suppressed.causal and "draws" in suppressed.control
+    # The answers did not depend on what was written.
+    assert suppressed.measured == 0 and suppressed.verdict == "inconclusive"
