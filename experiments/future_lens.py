@@ -3,8 +3,8 @@
 Read from one state: a linear map, a map to the vocabulary, a hand-written and a learned prompt that
 carries it. The released test feeds the true tokens in between; here decoding runs freely as well,
 and the same prompt without, with another, and with the mean state is the line to beat. A model that
-carries its own state goes on much as it would, whatever its weights: that a prompt reads more than
-counts, than none and than a linear map, and less the further ahead, can be true of random models too.
+carries its own state goes on much as it would, whatever its weights, so what is said here of readings
+can be true of random models too: it is about what a model will say, not about what is right.
 """
 
 from typing import Any, Optional

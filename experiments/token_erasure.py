@@ -46,6 +46,8 @@ READ = (-3, -2, -1, 0, 1)
 NAMES = {0: "the current token", -1: "the token before", -2: "the token before that"}
 DRAWS = 20
 """Random spans per item."""
+FRESH = 2
+"""Models with fresh weights: a random model's layers mix tokens in its own way."""
 
 
 class TokenErasure(Subject):
@@ -142,15 +144,18 @@ class TokenErasure(Subject):
                 by[start, end] = float(np.mean([g.mean() if len(g) else 0.0 for g in gaps]))
         return max(by, key=lambda pair: by[pair])
 
-    def _fresh(self) -> Any:
-        """The same probes in the two chosen layers of a model that has learned nothing."""
-        try:
-            null = reinitialized(self.model, seed=self.settings.seed)
-        except ModelRefused:
-            return None
-        states = self._states(null, [self.start, self.end], embedding=False)
-        return measure(states.values, self.ids, self.documents, self.train,
-                       layers=[self.start, self.end], offsets=OFFSETS, **self.probe)
+    def _fresh(self) -> list[Result]:
+        """The same probes in the two chosen layers of models that have learned nothing."""
+        made = []
+        for seed in range(FRESH):
+            try:
+                null = reinitialized(self.model, seed=self.settings.seed + seed)
+            except ModelRefused:
+                return []
+            states = self._states(null, [self.start, self.end], embedding=False)
+            made.append(measure(states.values, self.ids, self.documents, self.train,
+                                layers=[self.start, self.end], offsets=OFFSETS, **self.probe))
+        return made
 
     # -- claims --------------------------------------------------------------------------------
 
@@ -169,45 +174,30 @@ class TokenErasure(Subject):
                 self.skip(f"{len(gaps)} item(s) in {len(np.unique(where))} document(s) have an ordinary "
                           "position to be matched with", f"forgets {k}")
                 continue
-            null, fresh = 0.0, None
-            if self.fresh is not None:
-                drops = self._gaps(self.fresh, k, self.start, self.end, True)[0]
-                fresh = float(drops.mean()) if len(drops) else None
-                null = max(0.0, fresh or 0.0)
-            self._pairs(self.found, k, self.start, True)
+            drops = [self._gaps(one, k, self.start, self.end, True)[0] for one in self.fresh]
+            fresh = [float(drop.mean()) for drop in drops if len(drop)]
             p = self.found["probability"].sel(offset=k)
             pairs = self._pairs(self.found, k, self.start, True)
             levels = {name: [round(float(np.nanmean(p.sel(layer=layer).values[pairs[:, i]])), 3)
                              for layer in (self.start, self.end)]
                       for i, name in enumerate(("item", "ordinary"))}
             self.claim(f"forgets {k}", statistics.mean(gaps, groups=where, resamples=self._few),
-                       null=null, figure="accuracy", unit="probability of the token, start minus end, "
-                       "items minus ordinary", control=self.matching + "; a model with fresh weights",
+                       null=max(0.0, *fresh, 0.0), figure="accuracy", unit="probability of the token, "
+                       "start minus end, items minus ordinary",
+                       control=f"{self.matching}; the larger of {len(fresh)} models with fresh weights",
                        details={**self._details(), "pairs": len(gaps), "probability": levels,
                                 "fresh weights": fresh})
 
     def _segments(self) -> None:
         """psi of items against random spans, and what the segmentation accepts."""
-        rng, texts = self.settings.rng(31), self.texts
-        ranks, rank_of, spans_psi, random_psi = [], [], [], []
+        texts = self.texts
         counts: dict[str, list[list[int]]] = {"own": [], "shuffled": []}
         self.shown: tuple[int, Any] = (-1, None)
-        tests = sorted({int(d) for d in self.documents[self.test]})
-        for d in tests:
-            rows = self.documents == d
-            delta = token_offsets.erasure(*(
-                {k: self.found["probability"].sel(layer=layer, offset=k).values[rows]
-                 for k in OFFSETS} for layer in (self.start, self.end)))
-            psi, gold = token_offsets.span_scores(delta), _from(texts.items[d], texts.begin)
-            others = token_erasure.random_spans(gold, len(psi), rng, DRAWS)
-            for (p, q), drawn in zip(gold, others):
-                values = np.array([psi[s] for s in drawn])
-                if len(values):
-                    ranks.append(float((psi[p, q] > values).mean() + 0.5 * (psi[p, q] == values).mean()))
-                    rank_of.append(d)
-                    spans_psi.append(float(psi[p, q]))
-                    random_psi += values.tolist()
-            taken = token_offsets.segment(psi)
+        ranks, rank_of, spans_psi, random_psi = self._ranks(self.found)
+        rng = self.settings.rng(32)
+        for d in sorted({int(d) for d in self.documents[self.test]}):
+            gold, delta = _from(texts.items[d], texts.begin), self._drops(self.found, d)
+            taken = token_offsets.segment(token_offsets.span_scores(delta))
             counts["own"].append(_counts(taken, gold))
             counts["shuffled"].append(np.mean([_counts(token_offsets.segment(
                 token_offsets.span_scores(token_erasure.shuffled(delta, rng))), gold)
@@ -218,10 +208,12 @@ class TokenErasure(Subject):
         if len(set(rank_of)) < statistics.FEWEST:
             self.skip(f"only {len(set(rank_of))} document(s) have items", "ranks", "recall", "precision")
             return
-        self.claim("ranks", statistics.mean(ranks, groups=rank_of, resamples=self._few), null=0.5,
-                   unit="AUROC within documents", figure="scores",
-                   control=f"{DRAWS} random spans of equal length per item, from its document",
-                   details={**self._details(), "items": len(ranks)})
+        fresh = [float(np.mean(self._ranks(one)[0])) for one in self.fresh]
+        self.claim("ranks", statistics.mean(ranks, groups=rank_of, resamples=self._few),
+                   null=max(0.5, *fresh, 0.5), unit="AUROC within documents", figure="scores",
+                   control=f"{DRAWS} random spans of equal length per item, from its document; the "
+                           f"larger of {len(fresh)} models with fresh weights",
+                   details={**self._details(), "items": len(ranks), "fresh weights": fresh})
         own, null = (np.array(counts[name], dtype=float) for name in ("own", "shuffled"))
         for key, over in (("recall", 1), ("precision", 2)):
             def gap(hit: np.ndarray, of: np.ndarray, drawn: np.ndarray, per: np.ndarray) -> float:
@@ -240,6 +232,28 @@ class TokenErasure(Subject):
                            **self._details(), key: float(own[:, 0].sum() / own[:, over].sum()),
                            "shuffled": float(null[:, 0].sum() / null[:, over].sum()),
                            "accepted": int(own[:, 2].sum()), "items": int(own[:, 1].sum())})
+
+    def _drops(self, found: Result, d: int) -> dict[int, np.ndarray]:
+        rows = self.documents == d
+        start, end = ({k: found["probability"].sel(layer=layer, offset=k).values[rows]
+                       for k in OFFSETS} for layer in (self.start, self.end))
+        return token_offsets.erasure(start, end)
+
+    def _ranks(self, found: Result) -> tuple[list[float], list[int], list[float], list[float]]:
+        """Per item, the share of random spans it is above, its document, its score; the others'."""
+        rng = self.settings.rng(31)
+        ranks, documents, own, random = [], [], [], []
+        for d in sorted({int(d) for d in self.documents[self.test]}):
+            psi = token_offsets.span_scores(self._drops(found, d))
+            gold = _from(self.texts.items[d], self.texts.begin)
+            for (p, q), drawn in zip(gold, token_erasure.random_spans(gold, len(psi), rng, DRAWS)):
+                values = np.array([psi[s] for s in drawn])
+                if len(values):
+                    ranks.append(float((psi[p, q] > values).mean() + 0.5 * (psi[p, q] == values).mean()))
+                    documents.append(d)
+                    own.append(float(psi[p, q]))
+                    random += values.tolist()
+        return ranks, documents, own, random
 
     # -- figures -------------------------------------------------------------------------------
 
@@ -275,8 +289,8 @@ class TokenErasure(Subject):
                             label=f"k = {k}")
                 ax.axhline(float(self.found["majority"].sel(offset=k)), color=hue, linestyle=":",
                            linewidth=0.6)
-                if self.fresh is not None and k in OFFSETS:
-                    fresh = self.fresh["correct"].sel(offset=k).values[:, rows]
+                for one in self.fresh[:1] if k in OFFSETS else ():
+                    fresh = one["correct"].sel(offset=k).values[:, rows]
                     if np.isfinite(fresh).any():
                         ax.plot([self.start, self.end], np.nanmean(fresh, 1), "x", color=hue,
                                 markersize=5, alpha=0.6)
