@@ -49,7 +49,7 @@ def table(model: Model, some: Sequence[Shown], patches: Sequence[Patch], read: A
     pixels = np.asarray(one.asked.picture)
     left.imshow(pixels, extent=(0, pixels.shape[1], pixels.shape[0], 0), interpolation="nearest")
     for n in chosen:
-        box = one.image.boxes[one.image.positions.index(patches[n].position)]
+        box: Any = one.image.boxes[one.image.positions.index(patches[n].position)]
         left.text((box[0] + box[2]) / 2, (box[1] + box[3]) / 2, str(chosen.index(n) + 1), color="white",
                   ha="center", va="center", fontsize=8, weight="bold",
                   bbox={"boxstyle": "circle,pad=0.15", "facecolor": "black", "alpha": 0.6, "lw": 0})

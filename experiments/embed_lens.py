@@ -3,27 +3,25 @@
 On `looker`, or any vision-language model: landmarks are found in pictures of scenes and of nothing.
 """
 
-from collections.abc import Sequence
 from typing import Any, Optional
 
 import numpy as np
 from sklearn.model_selection import GroupKFold, KFold, cross_val_predict
 
-import interp
 from experiments import _embed_figures as figures
 from experiments import _patch_words
-from experiments import _visual_flow as flow
+from experiments._embed_answers import Answers
 from experiments._output import Output
 from experiments._paper import Paper, Settings
-from experiments._subject import Subject, run_each
-from interp.core import ModelRefused, Prompt, Result, statistics
+from experiments._subject import run_each
+from interp.core import ModelRefused, SiteRefused, statistics
 from interp.models import tower
 from interp.prompts import scenes
 from interp.sinks import visual
-from probes import linear, nearest_token, token_interventions
+from probes import linear, nearest_token
 from probes.contextual_lens import agreement
 from probes.nearest_token import CLASSES, NO_GROUPS, TokenClasses
-from probes.nulls import layer_states, reinitialized
+from probes.nulls import reinitialized
 from probes.visual_tokens import nearest_words, visual_tokens, word_embeddings
 
 PAPER = Paper(
@@ -48,9 +46,6 @@ PAPER = Paper(
 (SOURCE,) = PAPER.sources
 OWN = f"measured by this toolkit, after {SOURCE}"
 TASKS = ("color", "shape", "existence", "position", "read")
-TOLERANCE = 0.05
-"""What counts as no loss: five points of accuracy (this toolkit's choice)."""
-
 SMALL_VOCABULARY = 1000
 """With fewer words a token's three nearest are no longer near it: the nearest one alone is read."""
 
@@ -81,7 +76,7 @@ def run(settings: Settings, out: Output) -> None:
     run_each(_One, settings, out)
 
 
-class _One(Subject):
+class _One(Answers):
     paper, claims, numbers = PAPER, CLAIMS, NUMBERS
 
     def run(self) -> None:
@@ -99,7 +94,10 @@ class _One(Subject):
         self._classes()
         self._constant()
         self._held_before()
-        self._answers()
+        try:
+            self._answers()
+        except (ModelRefused, SiteRefused) as error:  # cannot be resumed or edited in the middle
+            self.give_up(str(error))
 
     # -- classes ----------------------------------------------------------------------------------
 
@@ -171,7 +169,7 @@ class _One(Subject):
         self.labels = nearest_token.labels(found)
         self.constant = self.kind != "alive"
         self.about = {"classes": f"constant {self.rule}", "shares": shares, "landmarks": {
-            str(row.word): str(row.kind) for row in words.itertuples() if row.kind}}
+            str(word): str(kind) for word, kind in zip(words["word"], words["kind"]) if kind}}
         if not (self.constant & self.real).any():
             self.skip(f"no visual tokens of {self.model.name} are constant over pictures, anywhere or "
                       "at their place: all are alive", "stable", "constant", "meaning", "free",
@@ -254,9 +252,9 @@ class _One(Subject):
                       "meaning")
             return
         X = np.array(states)
-        scores = [np.stack([cross_val_predict(
+        scores: list[Any] = [np.stack([np.asarray(cross_val_predict(
             linear.ridge(X.shape[2]), X[:, kind], shown[:, c], cv=KFold(5, shuffle=True,
-            random_state=0), method="decision_function") for c in told], 1) for kind in (0, 1)]
+            random_state=0), method="decision_function")) for c in told], 1) for kind in (0, 1)]
 
         def area(values: np.ndarray, present: np.ndarray) -> float:
             return float(np.nanmean([_auc(v, p > 0) for v, p in zip(values.T, present.T)]))
@@ -323,160 +321,11 @@ class _One(Subject):
             found.append(reads.hidden[-1 if reads.select is None else reads.select])
         return np.concatenate([x.float().cpu().numpy() for x in found])
 
-    # -- answers ----------------------------------------------------------------------------------
-
-    def _answers(self) -> None:
-        answers = [one.asked.answer[0] for one in self.all]
-        labels = [dict(one) for one in self.labels]
-        merged = [{p: "dead" if k == "sink" else k for p, k in one.items()} for one in labels]
-        sets: dict[str, Any] = {}
-        if "free" not in self.told:
-            sets |= token_interventions.matched_sets(merged, "dead", seed=self.settings.seed,
-                                                     seeds=self.settings.pick(5, tiny=2))
-        found = token_interventions.prune(self.model, self.prompts, answers, sets)
-        whole = found["correct"].sel(condition="whole").values
-        reason = flow.cannot(self.model, [one.asked for one in self.all], float(whole.mean()))
-        if reason:
-            self.give_up(reason)
-            return
-        self.out.save(f"pruning-{self.model.name}", found)
-        tasks = np.array([one.asked.task for one in self.all])
-        if sets:
-            self._pruned(found, whole)
-            self._attention(labels)
-        if self.wants("pruning"):
-            if sets:
-                self.figure("pruning", figures.pruning(self.model.name, found, tasks))
-            else:
-                self.no_figure("pruning", "there is no class of constant tokens to prune")
-        self._blocks(answers, whole)
-        self._middle()
-
-    def _pruned(self, found: Result, whole: np.ndarray) -> None:
-        right = {name: found["correct"].sel(condition=[
-            c for c in found["condition"].values if str(c).startswith(name)]).mean("condition").values
-            for name in ("dead ", "alive ", "all of dead", "only dead")}
-        known = np.isfinite(right["all of dead"])
-        shares = {name: float(np.nanmean(x)) for name, x in right.items()}
-        details = {**self.about, "whole": float(whole.mean()), **shares, "tokens removed": float(
-            found["removed"].sel(condition="all of dead").mean())}
-        self.claim("free", statistics.difference(
-            right["all of dead"][known], whole[known], **self.few), null=0.0, direction="equal",
-            tolerance=TOLERANCE, causal=True, unit="share of right answers", figure="pruning",
-            control="as many alive tokens, 5 draws", details=details)
-        known = np.isfinite(right["alive "]) & np.isfinite(right["dead "])
-        if known.sum() < statistics.FEWEST:
-            self.skip(f"{int(known.sum())} pictures have tokens of both kinds", "matched")
-            return
-        self.claim("matched", statistics.difference(
-            right["dead "][known], right["alive "][known], **self.few), null=0.0, causal=True,
-            unit="share of right answers, without dead minus without alive tokens", figure="pruning",
-            control="as many dead tokens, 5 draws", details={**details, "tokens removed": float(
-                found["removed"].sel(condition="dead 0").mean())})
-
-    def _attention(self, labels: Sequence[dict[int, str]]) -> None:
-        sinks = [[p for p, k in one.items() if k == "sink"] for one in labels]
-        some = [i for i, one in enumerate(sinks) if one][: self.settings.pick(20, tiny=6)]
-        if len(some) < statistics.FEWEST:
-            self.skip(f"no landmark of {self.model.name} is a sink: none of its groups of tokens gets "
-                      "ten times the median attention or fires in sink dimensions" if not some else
-                      f"only {len(some)} pictures have sinks", "attention")
-            return
-        found = token_interventions.attention_without(
-            self.model, [self.prompts[i] for i in some], {"sinks": [sinks[i] for i in some]})["mass"]
-        before, after = (found.sel(condition=c) for c in ("whole", "sinks"))
-        text = [x.sel(target=["first", "text"]).sum("target").values for x in (before, after)]
-        rest = 1 - before.sel(target="set").values
-        self.claim("attention", statistics.difference(text[1], text[0] / rest, **self.few),
-                   null=0.0, causal=True, unit="share of attention above a pro rata gain",
-                   control="the freed attention shared out pro rata", figure="map", details={
-                       "whole": {str(t): float(before.sel(target=t).mean())
-                                 for t in found["target"].values},
-                       "without sinks": {str(t): float(after.sel(target=t).mean())
-                                         for t in found["target"].values}})
-
-    def _blocks(self, answers: Sequence[int], whole: np.ndarray) -> None:
-        model, n = self.model, self.model.n_layers
-        some = self.prompts[: self.settings.pick(15, tiny=6)]
-        right, wanted = whole[: len(some)], answers[: len(some)]
-        sets = {"image": [list(p.positions("image")) for p in some],
-                "question": [_asking(p) for p in some]}
-        bands = flow.bands(n)
-        kept = {name: bands[name] for name in self.settings.pick(
-            ("early", "middle", "late", "all"), tiny=("middle", "all"))}
-        skipped = {name: token_interventions.skip(model, some, wanted, sets, [
-            half for layer in layers for half in (layer, layer + 0.5)])["correct"]
-            for name, layers in kept.items()}
-        cut = model.run(some, write=interp.block("image", "image"), logits="last")
-        blind = np.array([float(int(r[-1].argmax()) == a) for r, a in zip(cut.logits, wanted)])
-        image = skipped["all"].sel(condition="image").values
-        self.claim("redundant", statistics.difference(image, right, **self.few), null=0.0,
-                   direction="equal", tolerance=TOLERANCE, causal=True, figure="blocks",
-                   unit="share of right answers", control="the updates of the question's tokens",
-                   details={"whole": float(right.mean()), "image, by window": {
-                       name: float(x.sel(condition="image").mean()) for name, x in skipped.items()},
-                       "question, by window": {name: float(x.sel(condition="question").mean())
-                                               for name, x in skipped.items()},
-                       "image tokens do not see each other": float(blind.mean())})
-        few = min(n, self.settings.pick(8, tiny=2))
-        layers = sorted({round(x) for x in np.linspace(0, n - 1, few)} | {n // 2})
-        before = [self.x[self.image == i] for i in range(len(some))]
-        # Pictures of other sizes have other numbers of tokens.
-        other = None if len({len(x) for x in before}) > 1 else [*before[1:], before[0]]
-        entered = token_interventions.enter_late(model, some, wanted, layers=layers,
-                                                 other=other)["correct"]
-        middle = entered.sel(layer=n // 2, condition="as they came").values
-        self.claim("entry", statistics.difference(middle, right, **self.few), null=0.0,
-                   direction="equal", tolerance=TOLERANCE, causal=True, figure="blocks",
-                   unit="share of right answers", control="none: pictures have different numbers of "
-                   "tokens" if other is None else "another picture's tokens enter", details={
-                       "layer": n // 2, "whole": float(right.mean()), **{
-                           str(name): {int(x): float(v) for x, v in zip(layers, values)}
-                           for name, values in zip(entered["condition"].values,
-                                                   entered.mean("prompt").values)}})
-        if self.wants("blocks"):
-            self.figure("blocks", figures.blocks(model.name, entered, skipped, right, kept))
-
-    def _middle(self) -> None:
-        model = self.model
-        texts = [Prompt.from_tokens(model.prompt(scenes.describe(one.scene)).ids) for one in self.all]
-        starts = [[p for p in range(len(t)) if p >= min(2, len(t) - 1)] for t in texts]
-        states = layer_states(model, texts, starts)
-        unit = states / np.sqrt((states**2).sum("d_model"))
-        mean = unit.mean("sample").values
-        curves = []
-        for i in range(len(self.prompts)):
-            mine = self.x[(self.image == i) & ~self.constant]
-            if len(mine):
-                u = mine / np.linalg.norm(mine, axis=1, keepdims=True)
-                curves.append(mean @ u.mean(0))
-        if len(curves) < statistics.FEWEST:
-            self.skip("too few pictures have alive tokens", "middle")
-            self.no_figure("middle", "too few pictures have alive tokens")
-            return
-        table, layers = np.array(curves), states.layer.values
-
-        def peak(values: np.ndarray) -> float:
-            return float((values.mean(0).argmax()) / (values.shape[1] - 1))
-
-        self.claim("middle", statistics.bootstrap(peak, table, **self.few,
-                                                  name="depth of the largest cosine, from 0 to 1"),
-                   null=0.5, direction="equal", tolerance=1 / 6, figure="middle",
-                   control="depth 1/2, within a sixth", details={
-                       "by layer": {int(x): float(v) for x, v in zip(layers, table.mean(0))}})
-        if self.wants("middle"):
-            self.figure("middle", figures.middle(model.name, layers, table))
-
-
-def _asking(prompt: Prompt) -> list[int]:
-    """The text behind the image, without the last position, which gives the answer."""
-    return list(range(max(prompt.positions("image")) + 1, len(prompt) - 1))
-
 
 def _probe(X: np.ndarray, y: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Whether a probe that has not seen the picture is right, token by token."""
     said = cross_val_predict(linear.ridge(X.shape[1]), X, y, groups=groups, cv=GroupKFold(5))
-    return (said == y).astype(float)
+    return np.equal(np.asarray(said), y).astype(float)
 
 
 def _auc(values: np.ndarray, present: np.ndarray) -> float:

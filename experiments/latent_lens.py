@@ -48,7 +48,6 @@ TASKS = ("color", "shape", "existence", "position")
 K, LARGE, ALL_LAYERS = 5, 1_000_000_000, 8
 """Words read; parameters from which no second model is made; layers up to which all are in the bank."""
 
-READERS = ("latent", "logit", "embedding")
 CLAIMS: dict[str, tuple[str, str]] = {
     "reads": ("The contextual neighbors of visual tokens name what they show.", SOURCE),
     "logit": ("Contextual neighbors name what is shown more often than the logit lens does.", SOURCE),
@@ -127,8 +126,12 @@ class _One(Subject):
                 self.no_figure(name, reason)
             return
         read = self._read(self.model, texts)
-        tokens = {"latent": read.words, "logit": self._logits(), "embedding": np.stack([
+        tokens = {"latent": read.words, "embedding": np.stack([
             nearest_words(x, word_embeddings(self.model), K)[1] for x in read.states])}
+        try:
+            tokens["logit"] = self._logits()
+        except ModelRefused as error:
+            self.skip(str(error), "logit")
         hits = {name: self._agree(found) for name, found in tokens.items()}
         lift = {name: (own - other).mean(0) for name, (own, other) in hits.items()}
         groups = {"groups": self.picture, **self.few}
@@ -144,10 +147,10 @@ class _One(Subject):
                    control="words for things in other pictures", details={
                        "own and other, by layer": at["latent"], "tokens": len(self.patches),
                        "bank": len(read.bank.rows_), **control})
-        for name in ("logit", "embedding"):
+        for name in [n for n in ("logit", "embedding") if n in lift]:
             self.claim(name, statistics.difference(lift["latent"], lift[name], **groups), null=0.0,
                        unit=unit, figure="readers", control="words for things in other pictures",
-                       details={n: float(lift[n].mean()) for n in READERS} | {
+                       details={n: float(x.mean()) for n, x in lift.items()} | {
                            "own and other, by layer": at[name]})
         mended = self._mended(read)
         if self.wants("readers"):

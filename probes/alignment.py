@@ -173,7 +173,7 @@ def measure(
         pooled[name], unit[name] = (np.stack([row[i] for row in rows], 1) for i in (0, 1))
         norm[name], step[name] = (np.stack([row[i] for row in rows]) for i in (2, 3))
     if image_layer is not None:
-        fixed = list(layers).index(int(image_layer))
+        fixed = layers.tolist().index(int(image_layer))
         pooled["image"] = np.repeat(pooled["image"][fixed:fixed + 1], len(layers), 0)
         unit["image"] = np.repeat(unit["image"][fixed:fixed + 1], len(layers), 0)
     table: dict[str, Any] = {}

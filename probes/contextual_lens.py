@@ -105,7 +105,7 @@ class ContextualBank(BaseEstimator):
         """
         check_is_fitted(self, "bank_")
         if isinstance(self.bank_, Store):
-            X = check_array(X, dtype=[np.float64, np.float32])
+            X = check_array(X, dtype=[np.float64, np.float32])  # type: ignore[arg-type]
         else:
             X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
         kept = None

@@ -122,9 +122,9 @@ class TokenClasses(BaseEstimator):
         self.embeddings_, self.silhouette_ = torch.as_tensor(embeddings).detach(), float("nan")
         self.centers_: Optional[np.ndarray] = None
         more = {n: None if v is None else _column(v, len(x), n) for n, v in (
-            ("places", places), ("received", received), ("sinks", sinks), ("uniform", uniform))}
-        plain = np.zeros(len(x), bool) if more["uniform"] is None else more.pop("uniform").astype(bool)
-        more.pop("uniform", None)
+            ("places", places), ("received", received), ("sinks", sinks))}
+        plain = np.zeros(len(x), bool) if uniform is None else _column(
+            uniform, len(x), "uniform").astype(bool)
         empty, real = x[plain], ~plain
         x, image = x[real], image[real]
         kept = {n: None if v is None else v[real] for n, v in more.items()}
@@ -158,8 +158,9 @@ class TokenClasses(BaseEstimator):
         own = self._nearest(_matrix(X))
         found = np.full(len(own), "alive", dtype="<U5")
         for kind in ("dead", "sink"):
-            marked = self.landmarks_.index[self.landmarks_["kind"] == kind]
-            found[np.isin(own, marked.to_numpy(dtype=int)).any(1)] = kind
+            rows = zip(self.landmarks_.index.tolist(), self.landmarks_["kind"].tolist())
+            marked = [int(i) for i, of in rows if of == kind]
+            found[np.isin(own, marked).any(1)] = kind
         return found
 
     def _nearest(self, x: np.ndarray) -> np.ndarray:
@@ -181,7 +182,8 @@ class TokenClasses(BaseEstimator):
         u = x / np.linalg.norm(x, axis=1, keepdims=True)
         best: Any = None
         for count in range(2, min(9, len(x))):
-            made = KMeans(count, n_init=3, random_state=int(self.seed)).fit(u)
+            made: Any = KMeans(count, n_init=3, random_state=int(self.seed))  # type: ignore[arg-type]
+            made.fit(u)
             if len(np.unique(made.labels_)) < count:
                 break
             score = silhouette_score(u, made.labels_, metric="cosine", sample_size=min(most, len(u)),
