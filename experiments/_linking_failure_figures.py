@@ -15,10 +15,10 @@ def layers(found: Result, top: Mapping[str, Any], name: str) -> Figure:
     """AUC by layer at two places, against the largest value of permuted labels."""
     score = found["score"].transpose("position", "layer")
     null = found["null"].max(("layer", "position")).values
-    figure, ax = canvas(1, 1, width=COLUMN * 1.25, height=2.4)
+    figure, ax = canvas(1, 1, width=COLUMN * 1.6, height=2.4)
     at = score.layer.values
     low, high = np.quantile(null, (0.05, 0.95))
-    ax.axhspan(low, high, color=GRAY, alpha=0.3, linewidth=0, label="best of permuted labels, 5 to 95 %")
+    ax.axhspan(low, high, color=GRAY, alpha=0.3, linewidth=0, label="best of permuted labels,\n5 to 95 %")
     ax.axhline(0.5, color=GRAY, linestyle=":", linewidth=0.8)
     for number, place in enumerate(score.position.values):
         ax.plot(at, score.sel(position=place), "-o", markersize=3, color=CYCLE[number], label=str(place))
@@ -28,7 +28,7 @@ def layers(found: Result, top: Mapping[str, Any], name: str) -> Figure:
     ax.set_xlabel("layer (-1: what enters block 0)")
     ax.set_ylabel("ROC-AUC, unreliable answers")
     ax.set_title(name)
-    ax.legend(loc="lower right")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     note(ax, f"best: p = {top['p']:.2g}, nested {top['nested_score']:.2f}")
     return figure
 

@@ -138,7 +138,8 @@ class Branches:
                 within = own - torch.where(known, among, torch.logaddexp(among, own))
             for i, one in enumerate(some):
                 found[one] = Followed(
-                    one, own[i].numpy(), within[i].numpy(), logs[i].max(-1).values.exp().numpy(), entropy[i].numpy(),
+                    one, own[i].numpy(), within[i].numpy(), logs[i].max(-1).values.exp().numpy(),
+                    entropy[i].numpy(),
                     {name: value[i] for name, value in states.items()})
         return [found[one] for one in given]
 
