@@ -352,7 +352,7 @@ def run(settings: Settings, out: Output) -> None:
         one = Sticky(model, settings, out)
         try:
             one.run()
-        except (PromptError, ValueError) as error:
+        except PromptError as error:
             one.give_up(str(error).rstrip("."))
 
 

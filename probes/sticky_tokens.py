@@ -98,8 +98,8 @@ class StickyTokenDetector(BaseEstimator):
             sentences: texts, of which all pairs are compared; or pairs that were already sampled.
 
         Raises:
-            PromptError: a model without tokenizer, too few sentences, a token that is not usable.
-            ValueError: too few pairs below the model's mean.
+            PromptError: a model without tokenizer, too few sentences or pairs below the model's mean,
+                a token that is not usable.
         """
         self._begin(model, sentences)
         self._score()
@@ -209,7 +209,7 @@ class StickyTokenDetector(BaseEstimator):
             encoder, part)).set_index("token")
 
     def _refined(self, table: pd.DataFrame) -> pd.DataFrame:
-        ranked = table["screened"].sort_values(ascending=False, kind="stable").index.to_numpy()
+        ranked = np.array(table["screened"].sort_values(ascending=False, kind="stable").index)
         n = max(1, int(np.ceil(float(self.refine) * len(ranked))))
         rng = np.random.default_rng([int(self.seed), 1])
         rest = rng.permutation(ranked[n:])[: int(np.ceil(float(self.audit) * len(ranked)))]
@@ -339,8 +339,8 @@ class StickyTokenDetector(BaseEstimator):
         lower = rules.pairs_below(self.similarity_, mean, n_pairs)
         above = np.flatnonzero(self.similarity_ > mean)
         if not len(above):
-            raise ValueError(f"no pair is more similar than the model's mean of {mean:.3f}; give "
-                             "sentences some of which are alike.")
+            raise PromptError(f"no pair is more similar than the model's mean of {mean:.3f}; give "
+                              "sentences some of which are alike.")
         # Two copies of one sentence cannot come closer: the upper end mirrors the lower one.
         targets = np.linspace(mean + 0.2 * (high - mean), high, n_pairs)
         upper = above[np.abs(self.similarity_[above][None] - targets[:, None]).argmin(1)]

@@ -10,6 +10,8 @@ from typing import Any, SupportsFloat, SupportsIndex
 import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
 
+from interp.core.errors import PromptError
+
 PLACES = ("prefix", "suffix", "insert")
 SCORE_WEIGHTS = np.array([0.35, 0.35, 0.30])
 PULL_WEIGHTS = np.array([4, 4, 3]) / 11
@@ -95,11 +97,11 @@ def pairs_below(
         [0, 2, 4]
 
     Raises:
-        ValueError: fewer than two pairs lie below the mean.
+        PromptError: fewer than two pairs lie below the mean.
     """
     below = np.flatnonzero(np.asarray(similarity) < float(mean))
     if len(below) < 2:
-        raise ValueError(
+        raise PromptError(
             f"only {len(below)} pairs are less similar than the model's mean of {float(mean):.3f}; "
             "give more, and more different, sentences."
         )
