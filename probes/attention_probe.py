@@ -145,7 +145,7 @@ class AttentionProbe(_CandidateProbe):
         return [p.double().requires_grad_() for p in made], _attention_logits
 
     def _penalty(self, parameters: list[Tensor]) -> Tensor:
-        return 0.5 * float(self.alpha) * sum((p**2).sum() for p in parameters[:2])
+        return _squares(self.alpha, parameters[:2])
 
 
 def _attention_logits(parameters: list[Tensor], one: dict[str, Any]) -> Tensor:
@@ -187,13 +187,13 @@ class AttentionWordsProbe(_CandidateProbe):
 
     def _build(self, X: Sequence[Sentence]) -> tuple[list[Tensor], Callable]:
         channels, _, special = X[0].to_special.shape
-        size = np.shape(X[0].vectors)[1]
+        size = np.asarray(X[0].vectors).shape[1]
         made = [torch.zeros(2, channels, 2 * size + 1), torch.zeros(2, channels, special, size + 1),
                 torch.zeros(())]
         return [p.double().requires_grad_() for p in made], _attention_words_logits
 
     def _penalty(self, parameters: list[Tensor]) -> Tensor:
-        return 0.5 * float(self.alpha) * sum((p**2).sum() for p in parameters[:2])
+        return _squares(self.alpha, parameters[:2])
 
 
 def _attention_words_logits(parameters: list[Tensor], one: dict[str, Any]) -> Tensor:
@@ -236,14 +236,14 @@ class WordsDistanceProbe(_CandidateProbe):
         return self
 
     def _build(self, X: Sequence[Sentence]) -> tuple[list[Tensor], Callable]:
-        size, units = np.shape(X[0].vectors)[1], int(self.hidden)
+        size, units = np.asarray(X[0].vectors).shape[1], int(self.hidden)
         generator = torch.Generator().manual_seed(int(self.seed))
         shapes = [(size, units), (size, units), (8, units), (units,), (units,)]
         made = [torch.randn(shape, generator=generator) / max(1, shape[0]) ** 0.5 for shape in shapes]
         return [p.double().requires_grad_() for p in made], _words_logits
 
     def _penalty(self, parameters: list[Tensor]) -> Tensor:
-        return 0.5 * float(self.alpha) * sum((p**2).sum() for p in parameters)
+        return _squares(self.alpha, parameters)
 
 
 def _words_logits(parameters: list[Tensor], one: dict[str, Any]) -> Tensor:
@@ -270,6 +270,10 @@ def distance_features(n: SupportsIndex) -> Float[Tensor, "candidate word 8"]:
 
 
 # -- parts ----------------------------------------------------------------------------------------
+
+
+def _squares(alpha: Any, parameters: Sequence[Tensor]) -> Tensor:
+    return 0.5 * float(alpha) * torch.stack([(p**2).sum() for p in parameters]).sum()
 
 
 def _candidates(root: Tensor, words: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def compare(
         guesses = predictions(np.asarray(maps, dtype=float)).reshape(-1, len(truth))
         right.append((guesses == truth)[:, kept])
         right_offset.append((offset_predictions(len(truth), offsets) == truth)[:, kept])
-        names += [kinds[i] for i in kept]
+        names += [kinds[int(i)] for i in kept]
         member += [number] * len(kept)
     hits, offset_hits = np.concatenate(right, 1), np.concatenate(right_offset, 1)
     relation, sentence = np.array(names, dtype=object), np.array(member)

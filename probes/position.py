@@ -71,7 +71,6 @@ class PositionProbe(ClassifierMixin, BaseEstimator):
         self.mean_, scale = X.mean(0), X.std(0)
         self.scale_ = np.where(scale < 10 * np.finfo(float).eps, 1.0, scale)
         where = torch.device(self.device or "cpu")
-        # Exact where that costs nothing.
         kind = torch.float64 if X.size <= EXACT else torch.float32
         inputs = torch.as_tensor((X - self.mean_) / self.scale_, dtype=kind, device=where)
         target = torch.as_tensor(number, device=where)
@@ -208,19 +207,19 @@ def absolute(
                          "[layer, sample, d_model] and one position and document per sample.")
     if not np.isfinite(X).all():
         raise ValueError("states hold values that are not numbers; recompute them in float32.")
-    if len(names) < int(folds):
-        raise ValueError(f"{len(names)} document(s) cannot be split into {int(folds)} folds.")
-    if len(np.unique(place)) < 2:
-        raise ValueError("all samples stand at one position: there is nothing to tell apart.")
-    base = PositionProbe(seed=int(seed)) if estimator is None else estimator
-    predicted, medians = np.zeros((2, *X.shape[:2]))
+    if len(names) < int(folds) or len(np.unique(place)) < 2:
+        raise ValueError(f"{len(names)} document(s) cannot be split into {int(folds)} folds."
+                         if len(names) < int(folds) else "all samples stand at one position.")
+    base: Any = PositionProbe(seed=int(seed)) if estimator is None else estimator
+    predicted, medians = np.zeros(X.shape[:2]), np.zeros(X.shape[:2])
     baseline = {name: np.zeros(len(place)) for name in ("constant", "uniform")}
     splits = GroupKFold(int(folds), shuffle=True, random_state=int(seed))
     for train, test in splits.split(place, groups=member):
         for name, values in nulls(place[test], place[train]).items():
             baseline[name][test] = values
         for layer, x in enumerate(X):
-            probe = clone(base).fit(x[train], place[train])
+            probe: Any = clone(base)
+            probe.fit(x[train], place[train])
             posterior = probe.predict_proba(x[test])
             predicted[layer, test] = probe.classes_[posterior.argmax(1)]
             medians[layer, test] = posterior_median(posterior, probe.classes_)
@@ -302,7 +301,8 @@ def nearness(
     rows, columns = np.tril_indices(matrix.shape[-1], -1)
     flat = matrix[..., rows, columns].reshape(-1, len(rows))
     gap = (columns - rows).astype(float)
-    found = [stats.spearmanr(one, gap).statistic if np.ptp(one) > 0 else np.nan for one in flat]
+    rho: Any = stats.spearmanr
+    found = [rho(one, gap).statistic if np.ptp(one) > 0 else np.nan for one in flat]
     return np.array(found).reshape(matrix.shape[:-2])
 
 

@@ -50,6 +50,11 @@ def test_variables_are_linked_within_their_function_and_attributes_are_none():
                      "scale": 0}
 
 
+def test_attributes_and_names_of_arguments_are_no_variables():
+    assert parse("a.b + c.b").flow == () and parse("f(b=1, c=g(b=2))").flow == ()
+    assert len(parse("b.a + b.c").flow) == 1
+
+
 def test_the_same_name_in_an_inner_scope_is_another_variable():
     tree = parse("x = 1\ny = [x for x in z]\nw = x")
     flow = {tuple(tree.leaves[i].start for i in edge) for edge in tree.flow}
