@@ -197,7 +197,8 @@ class Geometry(Subject):
                        direction=direction, figure="dimension" if key == "raise" else name.split("_")[0],
                        unit=f"S = {finest} minus S = 0",
                        control="the texts unshuffled; the layer is chosen on the other half of them",
-                       details={"before": float(before.mean()), "after": float(after.mean()),
+                       details={"layers": sorted({int(x) for x in self._layers()[at]}),
+                                "before": float(before.mean()), "after": float(after.mean()),
                                 "Wilcoxon p": p, "shuffling also adds loss (nats)": float(worse.mean())})
         by_level = np.stack([at_peak("dimension", int(level)) for level in levels], 1)
         if not np.isfinite(by_level).all():

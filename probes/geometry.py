@@ -303,7 +303,7 @@ def draw(found: Result, ax: Axes, of: str = "dimension") -> Axes:
 
 
 LABELS = {"dimension": "intrinsic dimension (TwoNN)", "cosine": "mean cosine",
-          "cosine_centered": "mean cosine, centered", "overlap": "neighborhood overlap with the next",
+          "cosine_centered": "mean cosine, centered", "overlap": "overlap with the next layer",
           "anisotropy": "anisotropy (share of variance)", "kept": "share of different points"}
 
 
