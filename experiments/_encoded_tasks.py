@@ -7,7 +7,7 @@ Texts     which key is asked for, whether the context states an answer, whether 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Optional
 
 import numpy as np
@@ -58,6 +58,13 @@ class Feature:
     def key(self) -> str:
         return f"{self.name} {self.place}"
 
+    def of_frequent_labels(self, least: int) -> "Feature":
+        """Without samples whose label is rarer than that: some folds would not have it."""
+        _, number, counts = np.unique(self.labels, return_inverse=True, return_counts=True)
+        kept = counts[number] >= least
+        return replace(self, rows=self.rows[kept], labels=self.labels[kept], groups=self.groups[kept],
+                       types=None if self.types is None else self.types[kept])
+
 
 @dataclass(eq=False)
 class Tasks:
@@ -69,13 +76,16 @@ class Tasks:
         default_factory=dict)
     """Feature -> prompts, first answer tokens, positions to erase at, and groups."""
 
+    reason: str = ""
+    """Why features are missing, if some are."""
+
 
 def pictures(model: Any, settings: Settings) -> Tasks:
     """Of a vision-language model. Raises `PromptError` where tokens have no boxes."""
     rng, say = settings.rng(1), questions._spelling(model)
     made: dict[str, list[tuple[Any, Any, questions.Asked]]] = {}
     for task, kind in TASKS.items():
-        count = settings.pick(96 if task == "color" else 64, tiny=24)
+        count = settings.pick(96, tiny=40) if task == "color" else settings.pick(64, tiny=24)
         made[task] = []
         while len(made[task]) < count:
             for scene in scenes.scenes(rng, count - len(made[task])):
@@ -106,7 +116,7 @@ def _cells(model: Any, found: Sequence[Any]) -> list[Any]:
     scale = 1 if questions.is_looker(model) else questions.SCALE
     places: list[list[int]] = []
     rows: list[tuple[int, int, Any, int]] = []
-    for number, (scene, _, asked) in enumerate(found[: max(24, len(found) // 2)]):
+    for number, (scene, _, asked) in enumerate(found[: max(20, len(found) // 2)]):
         image = asked.prompt.of_kind("image")[0]
         if not image.boxes:
             raise PromptError(f"{model.name} does not say which pixels an image token holds")
@@ -148,19 +158,26 @@ def _type(task: str, thing: Any, at: int) -> str:
 
 def texts(model: Any, settings: Settings) -> Tasks:
     """Of a language model, in its own language or in English. Raises `PromptError`."""
-    cases = _conflicts.cases_for(model, settings)
+    if model.kind != "decoder":
+        raise PromptError(f"{model.name} is an encoder: it does not continue a question")
+    made = Tasks({}, [])
+    _positions(model, settings, made.batches, made.features)
+    try:
+        cases = _conflicts.cases_for(model, settings)
+    except PromptError as error:
+        made.reason = str(error).rstrip(".")
+        return made
     own = _texts.knows(model, reader)
     # A few keys, each often, and many subjects, each a few times.
     often = _conflicts.reader_conflicts(
         settings.rng(2), settings.pick(8, tiny=4), cities=reader.CITIES[:8]) if own else _often(cases)
-    batches, features = _keys(often)
-    _sources(cases, batches, features)
-    _positions(model, settings, batches, features)
-    stated = [case for case in often if case.format == "substitution"]
-    erased = {"key at the last token": (
-        [case.clean for case in stated], [case.context[0] for case in stated], [[-1]] * len(stated),
-        np.arange(len(stated)))} if stated else {}
-    return Tasks(batches, features, erased)
+    made.batches["key"], keys = _keys(often)
+    made.features = [*keys, *_sources(cases, made.batches), *made.features]
+    stated = [case.clean for case in often if case.format == "substitution"]
+    answers = [case.context[0] for case in often if case.format == "substitution"]
+    made.erased["key at the last token"] = (
+        stated, answers, [[-1]] * len(stated), np.arange(len(stated)))
+    return made
 
 
 def _often(cases: Sequence[Conflict], most: int = 8) -> list[Conflict]:
@@ -170,7 +187,7 @@ def _often(cases: Sequence[Conflict], most: int = 8) -> list[Conflict]:
     return [case for case in cases if case.subject in ranked]
 
 
-def _keys(cases: Sequence[Conflict]) -> tuple[dict[str, Batch], list[Feature]]:
+def _keys(cases: Sequence[Conflict]) -> tuple[Batch, list[Feature]]:
     """Which key is asked for: at the last token, and at the end of the answer that is stated."""
     batch = Batch([case.clean for case in cases], [
         [-1] if case.format == "none" else [_stated(case.clean)[-1], -1] for case in cases])
@@ -184,23 +201,21 @@ def _keys(cases: Sequence[Conflict]) -> tuple[dict[str, Batch], list[Feature]]:
         features.append(Feature(
             "key", place, "key", np.flatnonzero(rows), np.array([c.subject for c in own]),
             np.array(facts), np.array([str(case.context[0]) for case in own])))
-    return {"key": batch}, features
+    return batch, features
 
 
 def _stated(prompt: Prompt) -> tuple[int, ...]:
     return prompt.positions("object")
 
 
-def _sources(
-    cases: Sequence[Conflict], batches: dict[str, Batch], features: list[Feature]
-) -> None:
+def _sources(cases: Sequence[Conflict], batches: dict[str, Batch]) -> list[Feature]:
     """Whether the context states an answer, and whether that is not the memorized one."""
     own = [case for case in cases if case.format in ("none", "substitution")]
     batches["source"] = Batch([case.clean for case in own], [[-1]] * len(own))
-    features.append(Feature(
+    features = [Feature(
         "source", "at the last token", "source", np.arange(len(own)),
         np.array(["memory" if c.format == "none" else "context" for c in own]),
-        np.array([c.subject for c in own]), None, ALONE.format("subject")))
+        np.array([c.subject for c in own]), None, ALONE.format("subject"))]
     pairs = [(case, agreeing(case)) for case in cases if case.format == "substitution"]
     both = [(case, prompt, said) for case, other in pairs if other is not None
             for prompt, said in ((case.clean, "contradicts"), (other, "agrees"))]
@@ -211,6 +226,7 @@ def _sources(
             "contradiction", place, "contradiction", 2 * np.arange(len(both)) + at,
             np.array([said for *_, said in both]), np.array([c.subject for c, *_ in both]), None,
             ALONE.format("subject")))
+    return features
 
 
 def agreeing(case: Conflict) -> Optional[Prompt]:

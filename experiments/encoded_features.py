@@ -36,7 +36,8 @@ PAPER = Paper(
         "compression": "How many times shorter the labels are when the states are known (online code), "
         "for the labels, the control task, and an untrained model; five orders of the samples.",
         "erasure": "Change of the answer's log probability when a feature is erased from the output of "
-        "a layer, beside random erasures of equal rank or of equal size.",
+        "a layer, beside random erasures of equal rank and erasures of permuted labels (bands: all of "
+        "them).",
     },
     models=("looker", "reader"),
 )
@@ -56,7 +57,7 @@ MEANING = {
     "contradiction at the stated answer": "Whether a stated answer contradicts memory at its end",
     "position at any token": "The position of a token (in eight bins)",
 }
-PERMUTATIONS, ORDERS = 100, 5
+ORDERS, FOLDS, FEWEST = 5, 5, 3
 SHRINKAGE = 0.05
 FRACTIONS = (0.125, 0.25, 0.5, 1.0)
 
@@ -76,7 +77,8 @@ def _claims(meanings: Mapping[str, str], erased: tuple[str, ...]) -> dict[str, t
             f"{what} is read better than a probe memorizes, an untrained model gives, or a guess.",
             SELECTIVITY)
         made[f"{key}: computed"] = (
-            f"{what} is read better in some layer than in what enters the first block.", SELECTIVITY)
+            f"{what} is read better in some layer than in what enters the first block, and than by "
+            "every control.", SELECTIVITY)
     made["mdl"] = ("States of the middle layer shorten the labels more than they shorten those of a "
                    "control task.", MDL)
     made["mdl: trained"] = ("States of the middle layer shorten the labels more than an untrained "
@@ -84,8 +86,8 @@ def _claims(meanings: Mapping[str, str], erased: tuple[str, ...]) -> dict[str, t
     for key in erased:
         made[f"{key}: used"] = (f"Erasing the {key} harms the answer more than random erasures of equal "
                                 "rank do.", AMNESIC)
-        made[f"{key}: sized"] = (f"Erasing the {key} harms the answer more than random changes of equal "
-                                 "size do.", LEACE)
+        made[f"{key}: specific"] = (f"Erasing the {key} harms the answer more than erasing permuted "
+                                    "labels in the same way does.", LEACE)
     return made
 
 
@@ -124,6 +126,7 @@ class _Probed(Subject):
         raise NotImplementedError
 
     def run(self) -> None:
+        self.resamples = self.settings.pick(2000, tiny=400)
         self.tasks = self.prepare()
         for name, batch in self.tasks.batches.items():
             self.out.record(self.model, batch.prompts, f"{name}-{self.model.name}".replace(" ", "-"))
@@ -132,6 +135,9 @@ class _Probed(Subject):
         self.found = {feature.key: self._probe(feature) for feature in self.tasks.features}
         for key, found in self.found.items():
             self.out.save(f"{key} {self.model.name}".replace(" ", "-"), found)
+        for key in self.meanings:
+            if key not in self.found:
+                self.skip(self.tasks.reason, f"{key}: readable", f"{key}: computed")
         self._draw_scores()
         self._draw_selectivity()
         self._compression()
@@ -145,20 +151,22 @@ class _Probed(Subject):
 
     def _probe(self, feature: tasks.Feature) -> Result:
         """Sweeps of the labels, of the control task and of the untrained model, and the claims."""
+        feature = feature.of_frequent_labels(FEWEST)
         states, untrained = (some[feature.batch].isel(sample=feature.rows)
                              for some in (self.states, self.null_states))
         y, kind, classes = targets(feature.labels, len(feature.labels), "classification")
-        fewest = len(set(feature.groups.tolist()))
-        if len(classes) < 2 or fewest < statistics.FEWEST:
-            reason = (f"the samples of {self.model.name} have {len(classes)} label(s) in {fewest} "
-                      "groups, too few to probe")
+        units = len(set(feature.groups.tolist()))
+        if len(classes) < 2 or units < FOLDS or np.bincount(y).max() < FOLDS:
+            reason = (f"{self.model.name} has {len(classes)} label(s) with {FEWEST} or more samples "
+                      f"here, {len(y)} in {units} groups: too few to probe")
             self.skip(reason, f"{feature.key}: readable", f"{feature.key}: computed")
             return Result(xr.Dataset(), {"reason": reason})
-        common: dict[str, Any] = dict(groups=feature.groups, task="classification",
+        common: dict[str, Any] = dict(folds=FOLDS, groups=feature.groups, task="classification",
                                       seed=self.settings.seed)
-        real = sweep.sweep(states, feature.labels, permutations=PERMUTATIONS, inner_folds=3, **common)
+        real = sweep.sweep(states, feature.labels, permutations=self.settings.pick(100, tiny=20),
+                           inner_folds=3, **common)
         other = sweep.sweep(untrained, feature.labels, permutations=1, nested=False, **common)
-        splits = folds_of(y, kind, feature.groups, 5, self.settings.seed)
+        splits = folds_of(y, kind, feature.groups, FOLDS, self.settings.seed)
         cells = real["nested_index"].values.tolist()
         right = {"layer": held_out(states, y, splits, cells),
                  "embedding": held_out(states, y, splits, [0] * len(splits)),
@@ -198,18 +206,19 @@ class _Probed(Subject):
         def gap(hits: np.ndarray, *given: np.ndarray) -> float:
             return float(hits.mean() - max(one.mean() for one in given))
 
-        estimate = statistics.bootstrap(
-            gap, right["layer"], *(right[name] for name in against), groups=feature.groups,
-            resamples=2000, name=f"share right minus the best of: {', '.join(against)}")
+        def above(names: list[str]) -> statistics.Estimate:
+            return statistics.bootstrap(
+                gap, right["layer"], *(right[name] for name in names), groups=feature.groups,
+                resamples=self.resamples, name=f"share right minus the best of: {', '.join(names)}")
+
         named = ", ".join(against) if "control" in right else \
             f"{', '.join(against)}; no control task: {feature.why or 'no types recur'}"
-        self.claim(f"{feature.key}: readable", estimate, null=0.0, unit="share of samples",
+        self.claim(f"{feature.key}: readable", above(against), null=0.0, unit="share of samples",
                    figure="scores", details=details,
                    control=f"{named}; layer chosen within training folds")
-        self.claim(f"{feature.key}: computed", statistics.difference(
-            right["layer"], right["embedding"], groups=feature.groups, resamples=2000), null=0.0,
-            unit="share of samples", figure="scores", details=details,
-            control="the same probe of what enters block 0; layer chosen within training folds")
+        self.claim(f"{feature.key}: computed", above(["embedding", *against]), null=0.0,
+                   unit="share of samples", figure="scores", details=details,
+                   control=f"what enters block 0, {named}; layer chosen within training folds")
 
     # -- description length ----------------------------------------------------------------------
 
@@ -224,7 +233,8 @@ class _Probed(Subject):
             return
         (feature,) = chosen
         middle = self.model.n_layers // 2
-        layers = sorted({nulls.EMBEDDING, middle, self.model.n_layers - 1})
+        layers = sorted({middle, *self.settings.pick(
+            (nulls.EMBEDDING, self.model.n_layers - 1), tiny=())})
         labels = controls.control_labels(feature.labels, feature.types, seed=self.settings.seed)
         made = {}
         for name, some, y in (("labels", self.states, feature.labels),
@@ -263,13 +273,14 @@ class _Probed(Subject):
     def _erase(self) -> None:
         curves: dict[str, Result] = {}
         for key in self.erased:
-            if key not in self.tasks.erased:
-                self.skip(f"{self.model.name} has no prompts to erase the {key} in",
-                          f"{key}: used", f"{key}: sized")
+            found = self.found.get(key)
+            if found is None or "reason" in found.manifest:
+                reason = self.tasks.reason if found is None else found.manifest["reason"]
+                self.skip(reason, f"{key}: used", f"{key}: specific")
                 continue
             curves[key] = self._erased(key)
         if not curves:
-            self.no_figure("erasure", "nothing was erased")
+            self.no_figure("erasure", "nothing could be erased: see the claims")
         elif self.wants("erasure"):
             figure, axes = canvas(1, len(curves), width=PAGE if len(curves) > 1 else PAGE / 2,
                                   height=2.6, squeeze=False)
@@ -280,30 +291,32 @@ class _Probed(Subject):
     def _erased(self, key: str) -> Result:
         """Fitted on some prompts, its layer chosen on others, and its harm measured on a third part."""
         prompts, answers, places, groups = self.tasks.erased[key]
-        feature = next(f for f in self.tasks.features if f.key == key)
+        feature = next(f for f in self.tasks.features if f.key == key).of_frequent_labels(FEWEST)
         pick = np.random.default_rng(self.settings.seed).permutation(len(prompts))
-        asked = self.settings.pick(20, tiny=6)
+        asked = self.settings.pick(16, tiny=6)
         choose, test = pick[: asked // 2], pick[asked // 2 : asked // 2 + asked]
         used = [*choose, *test]
         last = places[0] == [-1]
         # Other pictures, facts or keys' prompts than those the answer is looked at in.
         fitted = ~np.isin(self._prompt_of(feature), used)
         top = max(1, self.model.n_layers - 1)
-        layers = sorted({int(x) for x in np.linspace(0, top - 1, 4 if last else 2)})
-        kinds = amnesic.KINDS
+        layers = sorted({int(x) for x in np.linspace(
+            0, top - 1, self.settings.pick(4 if last else 2, tiny=2 if last else 1))})
         bases = amnesic.resumables(self.model, [prompts[i] for i in used])
         made = []
         for layer in layers:
             states = self.states[feature.batch].isel(sample=feature.rows).sel(layer=layer).values
-            eraser = erasure.Leace(shrinkage=SHRINKAGE).fit(states[fitted], feature.labels[fitted])
-            each = [amnesic.amnesic(
+            given = states[fitted], feature.labels[fitted]
+            eraser = erasure.Leace(shrinkage=SHRINKAGE).fit(*given)
+            decoys = amnesic.decoys(eraser, *given, groups=feature.groups[fitted],
+                                    seed=self.settings.seed)
+            made.append([amnesic.amnesic(
                 self.model, [prompts[i] for i in some], [answers[i] for i in some], eraser,
-                layer=layer, positions=[places[i] for i in some], controls=number, kinds=kinds,
-                seed=self.settings.seed, bases=own) for some, number, own in (
-                    (choose, 2, bases[: len(choose)]), (test, amnesic.CONTROLS, bases[len(choose):]))]
-            made.append(each)
-        harm = [float((a["erased"] - a["clean"]).mean() - (a["random"].mean() - a["clean"].mean()))
-                for a, _ in made]
+                layer=layer, positions=[places[i] for i in some], controls=len(lures), kinds=kinds,
+                decoys=lures, seed=self.settings.seed, bases=own) for some, lures, kinds, own in (
+                    (choose, decoys[:4], ("permuted",), bases[: len(choose)]),
+                    (test, decoys, ("projection", "permuted"), bases[len(choose):]))])
+        harm = [float(a["erased"].mean() - a["random"].mean()) for a, _ in made]
         at = int(np.argmin(harm))
         found = made[at][1]
         states = self.states[feature.batch].isel(sample=feature.rows).sel(layer=layers[at]).values
@@ -311,11 +324,11 @@ class _Probed(Subject):
                             nested=False, task="classification", seed=self.settings.seed,
                             estimator=make_pipeline(erasure.Leace(shrinkage=SHRINKAGE),
                                                     linear.ridge(states.shape[1])))
-        for name, kind in (("used", "projection"), ("sized", "rotation")):
+        for name, kind in (("used", "projection"), ("specific", "permuted")):
             self.told.add(f"{key}: {name}")
             sentence, source = self.claims[f"{key}: {name}"]
             claim = amnesic.used_claim(found, sentence, source, kind=kind, groups=groups[test],
-                                       resamples=2000, figure="erasure", unit="nats")
+                                       resamples=self.resamples, figure="erasure", unit="nats")
             claim.details.update({
                 "score of a fresh probe after erasing, on held-out samples": float(
                     after["score"][0]),
@@ -433,12 +446,13 @@ def _layer(number: int) -> str:
 
 def _draw_erased(ax: Any, key: str, found: Result) -> None:
     at, clean = found["layer"].values, found["clean"].mean("prompt")
-    for kind, look, text in (("projection", "-", "equal rank"), ("rotation", "--", "equal size")):
+    for kind, look, text in (("projection", "-", "random, equal rank"),
+                             ("permuted", "--", "permuted labels")):
         drawn = found["random"].sel(kind=kind).mean("prompt") - clean
         ax.fill_between(at, drawn.min("control"), drawn.max("control"), color=color("control"),
                         alpha=0.25, linewidth=0)
         ax.plot(at, drawn.mean("control"), look, color=color("control"),
-                label=f"{found['random'].sizes['control']} random, {text}")
+                label=f"{found['random'].sizes['control']} {text}")
     ax.plot(at, found["erased"].mean("prompt") - clean, "-o", color=color("primary"), label="erased")
     ax.axhline(0, color=color("control"), linewidth=0.7)
     ax.set_title(f"{key}, rank {found.manifest['rank']}")

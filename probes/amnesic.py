@@ -15,19 +15,20 @@ import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, clone
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 import interp
 from interp.core import Claim, ModelRefused, OutOfRange, Prompt, PromptError, Result, statistics
 from interp.core.statistics import Estimate
-from probes.erasure import RandomProjection
+from probes.erasure import RandomProjection, TurnedAtRandom
+from probes.folds import blocks_of, shuffled
 from probes.nulls import EMBEDDING, Places, places_of
 
 METRICS = ("log_prob", "accuracy", "logit_difference")
 CONTROLS = 20
-KINDS = ("projection", "rotation")
+KINDS = ("projection", "rotation", "permuted")
 Variants = Callable[[int, Float[np.ndarray, "position d_model"]],
                     Float[np.ndarray, "variant position d_model"]]
 
@@ -43,7 +44,8 @@ def amnesic(
     others: Optional[Sequence[SupportsIndex]] = None,
     metric: Literal["log_prob", "accuracy", "logit_difference"] = "log_prob",
     controls: SupportsIndex = CONTROLS,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] = KINDS[:2],
+    decoys: Sequence[BaseEstimator] = (),
     seed: SupportsIndex = 0,
     batch_size: int = 32,
     bases: Optional[Sequence[Any]] = None,
@@ -62,7 +64,9 @@ def amnesic(
             token, or its logit minus the other's.
         controls: how many erasures of each of the `kinds`. "projection" takes out as many random
             directions; "rotation" makes a change of exactly the same size at every position, in
-            directions turned at random, so that it cannot do less harm for being smaller.
+            directions turned at random; "permuted" are the `decoys`.
+        decoys: erasers fitted alike to permuted labels (`decoys`), as many as controls. The hardest
+            control: random directions hardly touch what varies among states, these do.
         batch_size: variants at a time.
         bases: `resumables` of these prompts, where several layers are tried.
 
@@ -86,22 +90,24 @@ def amnesic(
     measure = _metric(metric, given, answers, others)
     places = places_of(given, positions)
     rank = eraser.rank_
-    drawn = [RandomProjection(rank=rank, seed=int(seed) * 100_003 + i).fit(eraser.mean_[None])
-             for i in range(number)]
-    turns = [_rotation(len(eraser.mean_), int(seed) * 100_003 + i)
-             for i in range(number if "rotation" in kinds else 0)]
+    seeds = [int(seed) * 100_003 + i for i in range(number)]
+    others_of = {
+        "projection": lambda: [RandomProjection(rank=rank, seed=x).fit(eraser.mean_[None])
+                               for x in seeds],
+        "rotation": lambda: [TurnedAtRandom(eraser, x).fit() for x in seeds],
+        "permuted": lambda: list(decoys)}
+    drawn = [one for kind in kinds for one in others_of[kind]()]
+    if len(drawn) != len(kinds) * number:
+        raise ValueError(f"{len(decoys)} decoys for {number} controls: give one for each.")
+    # A random projection is about this eraser's mean as well, so it moves states no further away.
     changes = np.full(len(given), np.nan)
 
     def variants(i: int, states: np.ndarray) -> np.ndarray:
         if not len(states):
-            return np.repeat(states[None], 2 + len(kinds) * number, 0)
-        # A random projection is about this eraser's mean as well, so it moves states no further away.
-        change = eraser.transform(states) - states
-        changes[i] = np.linalg.norm(change) / np.linalg.norm(states)
-        away = states - eraser.mean_
-        random = {"projection": [states - away @ one.projection_.T for one in drawn],
-                  "rotation": [states + change @ turn for turn in turns]}
-        return np.stack([states, states + change, *(one for kind in kinds for one in random[kind])])
+            return np.repeat(states[None], 2 + len(drawn), 0)
+        made = [one.transform(states) for one in (eraser, *drawn)]
+        changes[i] = np.linalg.norm(made[0] - states) / np.linalg.norm(states)
+        return np.stack([states, *made])
 
     values = np.stack([measure(i, logits) for i, logits in enumerate(
         replaced(model, given, variants, layer=layer, places=places, batch_size=batch_size,
@@ -113,6 +119,30 @@ def amnesic(
     return Result(data, {**model.manifest(), "measure": "amnesic", "metric": metric,
                          "layer": int(layer), "rank": int(rank), "eraser": type(eraser).__name__,
                          "controls": number, "seed": int(seed)})
+
+
+def decoys(
+    eraser: BaseEstimator, states: Any, labels: Any, *, groups: Optional[Any],
+    number: SupportsIndex = CONTROLS, seed: SupportsIndex = 0,
+) -> list[BaseEstimator]:
+    """The same eraser fitted to permuted labels: it takes out as much of what varies, but not the
+    concept.
+
+    Example:
+        >>> from probes.erasure import Leace
+        >>> X = np.random.default_rng(0).standard_normal((40, 6))
+        >>> [one.rank_ for one in decoys(Leace(), X, np.arange(40) % 3, groups=None, number=2)]
+        [2, 2]
+
+    Labels are permuted as in `probes.sweep.sweep`: over groups where they are constant in groups,
+    else within; where that leaves them as they are (one sample per group), over samples.
+    """
+    y = np.unique(np.asarray(labels), return_inverse=True)[1]
+    blocks = None if groups is None else blocks_of(groups, len(y))
+    if blocks is not None and len(np.unique(blocks)) == len(y):
+        blocks = None
+    rng = np.random.default_rng(int(seed))
+    return [clone(eraser).fit(states, y[shuffled(y, blocks, rng)]) for _ in range(int(number))]
 
 
 def steered(
@@ -310,9 +340,3 @@ def _metric(
         return shifted[:, right[i]] - np.log(np.exp(shifted).sum(-1))
 
     return measure
-
-
-def _rotation(width: int, seed: int) -> Float[np.ndarray, "d_model d_model"]:
-    """A random orthogonal matrix, even over all of them."""
-    q, r = np.linalg.qr(np.random.default_rng(seed).standard_normal((width, width)))
-    return q * np.sign(np.diag(r))

@@ -20,18 +20,23 @@ from probes.linear import direction, logistic
 
 
 class _Affine(TransformerMixin, BaseEstimator):
-    """x -> x - P (x - mean), with a projection P."""
+    """x -> x - P (x - mean), with a projection P = left right^T of few directions."""
 
     def transform(self, X: Any) -> Float[np.ndarray, "sample d_model"]:
         """States without the concept."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
-        return X - (X - self.mean_) @ self.projection_.T
+        return X - ((X - self.mean_) @ self.right_) @ self.left_.T
+
+    @property
+    def projection_(self) -> Float[np.ndarray, "d_model d_model"]:
+        """P as one matrix, which is large in a large model: made anew at every call."""
+        return self.left_ @ self.right_.T
 
     @property
     def rank_(self) -> int:
         """Number of directions that are removed."""
-        return int(round(np.trace(self.projection_)))
+        return int(self.left_.shape[1])
 
 
 class Leace(_Affine):
@@ -57,7 +62,7 @@ class Leace(_Affine):
     them readable) or real numbers, `[sample]` or `[sample, concept]`. Fit on training samples; what
     a fresh probe reads on held-out ones is the check.
 
-    Attributes: `mean_`, `projection_` [d_model, d_model], `rank_`.
+    Attributes: `mean_`, `left_` and `right_` [d_model, direction], `projection_`, `rank_`.
 
     Source: arXiv:2306.03819, theorem 4.3: r(x) = x - W^+ P W (x - mean).
     """
@@ -72,18 +77,18 @@ class Leace(_Affine):
         z = _concept(y, len(X))
         self.mean_ = X.mean(0)
         centered, concept = X - self.mean_, z - z.mean(0)
-        covariance = centered.T @ centered / len(X)
+        # Where no state varies nothing covaries with the concept: the states' own span is enough.
+        _, s, vectors = np.linalg.svd(centered, full_matrices=False)
+        values = s**2 / len(X)
         if self.shrinkage:
-            sphere = np.trace(covariance) / X.shape[1] * np.eye(X.shape[1])
-            covariance = (1 - self.shrinkage) * covariance + self.shrinkage * sphere
-        values, vectors = np.linalg.eigh(covariance)
-        kept = values > self.tolerance * max(values.max(), np.finfo(float).tiny)
-        root = np.sqrt(values[kept])
-        whiten = (vectors[:, kept] / root) @ vectors[:, kept].T
-        color = (vectors[:, kept] * root) @ vectors[:, kept].T
-        u, s, _ = np.linalg.svd(whiten @ (centered.T @ concept / len(X)), full_matrices=False)
+            values = (1 - self.shrinkage) * values + self.shrinkage * values.sum() / X.shape[1]
+        kept = s**2 > self.tolerance * max((s**2).max(initial=0.0), np.finfo(float).tiny)
+        vectors, root = vectors[kept].T, np.sqrt(values[kept])
+        across = (vectors.T @ (centered.T @ concept / len(X))) / root[:, None]
+        u, s, _ = np.linalg.svd(across, full_matrices=False)
         u = u[:, s > self.tolerance * max(1.0, s.max(initial=0.0))]
-        self.projection_ = color @ u @ u.T @ whiten
+        self.left_ = vectors @ (root[:, None] * u)
+        self.right_ = vectors @ (u / root[:, None])
         return self
 
     def __sklearn_tags__(self) -> Any:
@@ -124,26 +129,53 @@ class Inlp(_Affine):
         if len(classes) < 2:
             raise ValueError("all samples have the same label, so there is one class only.")
         self.mean_ = X.mean(0)
-        self.projection_ = np.zeros((X.shape[1], X.shape[1]))
-        rows = np.zeros((0, X.shape[1]))
+        rows = basis = np.zeros((0, X.shape[1]))
         probe = logistic() if self.estimator is None else self.estimator
         for _ in range(int(self.rounds)):
-            left = X - (X - self.mean_) @ self.projection_.T
+            left = X - (X - self.mean_) @ basis.T @ basis
             fitted = clone(probe).fit(left, y)
             if fitted.score(left, y) <= counts.max() / len(y) + self.stop:
                 break
             # What is found again in what was removed already is noise of the fit.
-            found = direction(fitted) @ (np.eye(X.shape[1]) - self.projection_)
-            rows = np.concatenate([rows, found])
+            found = direction(fitted)
+            rows = np.concatenate([rows, found - found @ basis.T @ basis])
             _, s, basis = np.linalg.svd(rows, full_matrices=False)
             basis = basis[s > 1e-8 * s.max()]
-            self.projection_ = basis.T @ basis
+        self.left_ = self.right_ = basis.T
         return self
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.target_tags.required = True
         return tags
+
+
+class TurnedAtRandom(_Affine):
+    """Changes every state exactly as much as another erasure does, in directions turned at random.
+
+    Example:
+        >>> X = np.random.default_rng(0).standard_normal((50, 6))
+        >>> eraser = Leace().fit(X, X[:, 0] > 0)
+        >>> turned = TurnedAtRandom(eraser, seed=1).fit(X)
+        >>> sizes = [np.linalg.norm(one.transform(X) - X, axis=1) for one in (eraser, turned)]
+        >>> bool(np.allclose(*sizes))
+        True
+    """
+
+    def __init__(self, eraser: Any = None, seed: Any = 0) -> None:
+        self.eraser = eraser
+        self.seed = seed
+
+    def fit(self, X: Any = None, y: Any = None) -> "TurnedAtRandom":
+        """Nothing is learned of the states: what is turned is the eraser."""
+        check_is_fitted(self.eraser)
+        drawn = np.random.default_rng(int(self.seed)).standard_normal(self.eraser.left_.shape)
+        self.n_features_in_ = len(drawn)
+        self.mean_, self.right_ = self.eraser.mean_, self.eraser.right_
+        # An orthonormal basis has the lengths and angles of its coordinates.
+        _, inner = np.linalg.qr(self.eraser.left_)
+        self.left_ = np.linalg.qr(drawn)[0] @ inner
+        return self
 
 
 class RandomProjection(_Affine):
@@ -167,8 +199,7 @@ class RandomProjection(_Affine):
             )
         self.mean_ = X.mean(0)
         drawn = np.random.default_rng(int(self.seed)).standard_normal((X.shape[1], int(self.rank)))
-        basis = np.linalg.qr(drawn)[0] if self.rank else drawn
-        self.projection_ = basis @ basis.T
+        self.left_ = self.right_ = np.linalg.qr(drawn)[0] if self.rank else drawn
         return self
 
 
@@ -198,8 +229,7 @@ class KnownDirections(_Affine):
             )
         self.mean_ = X.mean(0)
         _, s, basis = np.linalg.svd(rows, full_matrices=False)
-        basis = basis[s > 1e-10 * s.max(initial=0.0)]
-        self.projection_ = basis.T @ basis
+        self.left_ = self.right_ = basis[s > 1e-10 * s.max(initial=0.0)].T
         return self
 
 

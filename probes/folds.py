@@ -1,5 +1,6 @@
 """Splits that keep groups together, permutations that keep what groups explain, and kinds of labels."""
 
+import warnings
 from typing import Any, Literal, Optional, SupportsIndex
 
 import numpy as np
@@ -55,7 +56,15 @@ def folds_of(
                 f"the rarest class has {fewest} sample(s), fewer than the {folds} folds: use fewer "
                 "folds, or leave the class out."
             )
-    return list(made.split(np.zeros(len(y)), y, blocks))
+        if blocks is not None and int(np.bincount(y).max()) < folds:
+            raise ValueError(
+                f"no class has as many samples as there are folds ({folds}): use fewer folds, or more "
+                "samples of each class."
+            )
+    with warnings.catch_warnings():
+        # With whole groups a rare class may be missing in a fold, which is left out of the score.
+        warnings.filterwarnings("ignore", "The least populated class")
+        return list(made.split(np.zeros(len(y)), y, blocks))
 
 
 def shuffled(y: np.ndarray, groups: Optional[Any], rng: np.random.Generator) -> np.ndarray:

@@ -120,9 +120,29 @@ def test_controls_change_as_much_as_they_say(planted):
         for turned in made[6:]:
             assert np.allclose(np.linalg.norm(turned - states, axis=1), size)
             assert not np.allclose(turned, made[1])
-        moved = np.concatenate([m - states for m in made[2:3]])
-        assert np.linalg.matrix_rank(moved) <= eraser.rank_ == 2
+        assert np.linalg.matrix_rank(made[2] - states) <= eraser.rank_ == 2
     assert len(made) == 2 + 4 + 4
+
+
+def test_only_permuted_labels_tell_a_concept_from_whatever_varies(planted):
+    """Eraser of a label that is not there: it takes out what varies, as its decoys do, while random
+    directions take out next to nothing and would make it seem used."""
+    model = planted["open"]
+    states = nulls.layer_states(model, PROMPTS[16:], "secret").sel(layer=0).values
+    coin = np.random.default_rng(0).integers(6, size=len(states))
+    # In the second case other things vary as well, so that there is something else to take out.
+    varied = np.repeat(states, 20, 0)
+    varied = varied + 0.3 * np.random.default_rng(1).standard_normal(varied.shape)
+    claims = []
+    for X, labels in ((states, coin), (varied, np.repeat(ANSWERS[16:], 20))):
+        eraser = erasure.Leace().fit(X, labels)
+        lures = amnesic.decoys(eraser, X, labels, groups=None, number=20)
+        found = amnesic.amnesic(model, PROMPTS[:16], ANSWERS[:16], eraser, layer=0,
+                                positions="secret", decoys=lures, kinds=amnesic.KINDS)
+        claims.append([amnesic.used_claim(found, "So.", "arXiv:2006.00995", kind=kind,
+                                          resamples=500).verdict for kind in amnesic.KINDS])
+    assert claims[0][0] == "supported" and claims[0][2] != "supported"
+    assert claims[1][2] == "supported"
 
 
 def test_steering_along_what_is_read_moves_the_answer_and_random_directions_do_not(planted):

@@ -173,6 +173,8 @@ def test_the_figure_and_bad_input():
         sweep.sweep(X, y, groups=np.arange(30) % 4)
     with pytest.raises(ValueError, match=r"the rarest class has 2 sample\(s\)"):
         sweep.sweep(X, np.r_[np.zeros(28, int), 1, 1], groups=None)
+    with pytest.raises(ValueError, match=r"no class has as many samples as there are folds \(5\)"):
+        sweep.sweep(X, np.arange(30) // 3, groups=np.arange(30))
     broken = X.copy()
     broken[3, 7, 1] = np.inf
     with pytest.raises(ValueError, match=r"not numbers \(cell 3, sample 7\)"):
