@@ -42,7 +42,7 @@ def documents(model: Model, settings: Settings) -> Documents:
     Raises `PromptError` where there is no text with items for a model.
     """
     if _texts.knows(model, reader):
-        sizes = settings.pick((30, 12, 24), tiny=(10, 6, 8))
+        sizes = settings.pick((30, 9, 21), tiny=(10, 6, 8))
         length = min(settings.pick(128, tiny=96), model.max_positions or 128)
         made = [_records(settings.rng(21, i), length) for i in range(sum(sizes))]
         prompts = [Prompt.from_tokens(ids, tokens=[reader.WORDS[t] for t in ids]) for ids, _, _ in made]

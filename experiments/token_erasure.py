@@ -127,8 +127,8 @@ class TokenErasure(Subject):
         p = found["probability"].sel(offset=k)
         drop = p.sel(layer=start).values - p.sel(layer=end).values
         pairs = self._pairs(found, k, start, test)
-        # A difference of the last bits is none.
-        gaps = np.round(drop[pairs[:, 0]] - drop[pairs[:, 1]], 6)
+        # What the last digits of a fitted probe say is nothing.
+        gaps = np.round(drop[pairs[:, 0]] - drop[pairs[:, 1]], 4)
         kept = np.isfinite(gaps)
         return gaps[kept], self.documents[pairs[kept, 0]]
 

@@ -185,6 +185,26 @@ def test_matched_positions_are_ordinary_distinct_and_read_the_same_token():
         assert (documents[near[:, 0]] == documents[near[:, 1]]).all()
 
 
+def test_what_is_hardly_read_at_the_start_is_no_match():
+    """All forget half of what they had: by probability the well-read items seem to forget more, and
+    beside positions that are read as well they do not."""
+    n = 120
+    ends = np.arange(0, n, 6)
+    start = np.full(n, 0.3)
+    start[ends] = start[3::6] = 0.9
+    drop, ordinary = start / 2, np.arange(n) % 6 != 0
+    ids, documents = np.zeros(n, int), np.repeat(np.arange(4), 30)
+    for level, apart in ((None, 0.3), (start, 0.0)):
+        pairs = token_erasure.matched_pairs(ids, documents, ends, ordinary, 0, level=level)
+        assert len(pairs) == len(ends)
+        assert np.mean(drop[pairs[:, 0]] - drop[pairs[:, 1]]) == pytest.approx(apart, abs=1e-9)
+    # With no such position left, and with what was not read at all, there is no pair.
+    rare = token_erasure.matched_pairs(ids, documents, ends, ordinary & (start < 0.5), 0, level=start)
+    assert rare.shape == (0, 2)
+    unread = np.where(np.arange(n) < 60, np.nan, start)
+    assert (token_erasure.matched_pairs(ids, documents, ends, ordinary, 0, level=unread) >= 60).all()
+
+
 def test_random_spans_have_the_length_and_are_no_items():
     spans = [(0, 2), (5, 6), (7, 7)]
     drawn = token_erasure.random_spans(spans, 9, np.random.default_rng(0), draws=50)
