@@ -18,7 +18,8 @@ def layers(found: Result, top: Mapping[str, Any], name: str) -> Figure:
     figure, ax = canvas(1, 1, width=COLUMN * 1.6, height=2.4)
     at = score.layer.values
     low, high = np.quantile(null, (0.05, 0.95))
-    ax.axhspan(low, high, color=GRAY, alpha=0.3, linewidth=0, label="best of permuted labels,\n5 to 95 %")
+    ax.axhspan(low, high, color=GRAY, alpha=0.3, linewidth=0,
+               label="best of permuted labels,\n5 to 95 %")
     ax.axhline(0.5, color=GRAY, linestyle=":", linewidth=0.8)
     for number, place in enumerate(score.position.values):
         ax.plot(at, score.sel(position=place), "-o", markersize=3, color=CYCLE[number], label=str(place))
