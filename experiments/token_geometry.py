@@ -81,7 +81,9 @@ class Geometry(Subject):
         self.out.record(prompts=prompts, name=f"texts-{self.model.name}")
         longest = int(np.log(len(content_places(self.model, prompts[0]))) / np.log(4) + 1e-9)
         seed = self.settings.seed
-        found = geometry.measure(self.model, prompts, levels=range(longest + 1), seed=seed)
+        device = str(self.model.device) if self.model.device.type == "cuda" else None
+        found = geometry.measure(self.model, prompts, levels=range(longest + 1), seed=seed,
+                                 device=device)
         self.some = prompts[: self.settings.pick(5, tiny=3)]
         scaled = geometry.measure(self.model, self.some, scales=SCALES, seed=seed)
         null = reinitialized(self.model, seed=seed)

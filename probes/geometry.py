@@ -235,7 +235,7 @@ def measure(
 
     Returns:
         [prompt, level, layer]: `dimension` (TwoNN), `kept`, `overlap` (with the next layer), `cosine`,
-        `cosine_centered`, `cosine_with_first`, `anisotropy`; `scale_dimension` [prompt, layer, scale];
+        `cosine_centered`, `cosine_with_first`; `scale_dimension` [prompt, layer, scale];
         `loss` [prompt, level] in nats per token (NaN without a causal vocabulary head); `distinct`,
         `type_token_ratio` and `log_frequency` [prompt]. Layer -1 is what enters block 0.
 
@@ -250,8 +250,7 @@ def measure(
                           "the special ones.")
     k = min(int(k), min(map(len, places)) // 2)
     rng, levels = np.random.default_rng(int(seed)), [int(level) for level in levels]
-    names = ("dimension", "kept", "overlap", "cosine", "cosine_centered", "cosine_with_first",
-             "anisotropy")
+    names = ("dimension", "kept", "overlap", "cosine", "cosine_centered", "cosine_with_first")
     shape = (len(texts), len(levels), model.n_layers + 1)
     made = {name: np.full(shape, np.nan) for name in names}
     loss = np.full(shape[:2], np.nan)
@@ -376,7 +375,6 @@ def _cloud(
         "cosine": np.array([mean_cosine(x) for x in clouds]),
         "cosine_centered": np.array([mean_cosine(x, centered=True) for x in clouds]),
         "cosine_with_first": np.array([mean_cosine(x) for x in states[:, first]]),
-        "anisotropy": np.array([anisotropy(x) for x in clouds]),
     }, [d.reason for d in found if d.reason]
 
 
