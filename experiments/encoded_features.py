@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import xarray as xr
-from matplotlib.ticker import MaxNLocator
 from sklearn.pipeline import make_pipeline
 
 import interp
+from experiments import _encoded_figures as figures
 from experiments import _encoded_tasks as tasks
 from experiments import _picture_questions as questions
 from experiments._output import Output
@@ -138,8 +138,16 @@ class _Probed(Subject):
         for key in self.meanings:
             if key not in self.found:
                 self.skip(self.tasks.reason, f"{key}: readable", f"{key}: computed")
-        self._draw_scores()
-        self._draw_selectivity()
+        probed = {key: found for key, found in self.found.items() if "score" in found.data}
+        if not probed:
+            self.no_figure("scores", "no feature has samples enough to be probed")
+        elif self.wants("scores"):
+            self.figure("scores", figures.scores(probed))
+        known = {key: found for key, found in self.found.items() if "control" in found.data}
+        if not known:
+            self.no_figure("selectivity", "no feature has types that recur across groups")
+        elif self.wants("selectivity"):
+            self.figure("selectivity", figures.selectivity(known, self.tasks.features))
         self._compression()
         self._erase()
 
@@ -285,7 +293,7 @@ class _Probed(Subject):
             figure, axes = canvas(1, len(curves), width=PAGE if len(curves) > 1 else PAGE / 2,
                                   height=2.6, squeeze=False)
             for ax, (key, found) in zip(axes[0], curves.items()):
-                _draw_erased(ax, key, found)
+                figures.erased(ax, key, found)
             self.figure("erasure", figure)
 
     def _erased(self, key: str) -> Result:
@@ -349,66 +357,6 @@ class _Probed(Subject):
         owner = self.states[feature.batch]["prompt"].values[feature.rows]
         return np.array([known.get(id(batch.prompts[int(i)]), -1) for i in owner])
 
-    # -- figures ---------------------------------------------------------------------------------
-
-    def _draw_scores(self) -> None:
-        if not self.wants("scores"):
-            return
-        known = {key: found for key, found in self.found.items() if "score" in found.data}
-        columns = 4 if len(known) > 6 else 3
-        rows = -(-len(known) // columns)
-        figure, axes = canvas(rows, columns, width=PAGE, height=1.85 * rows, squeeze=False,
-                              sharex=True, sharey=True)
-        for ax, (key, found) in zip(axes.flat, known.items()):
-            at = found["layer"].values
-            low, high = np.nanquantile(found["null"].values, (0.025, 0.975), axis=0)
-            ax.fill_between(at, low, high, color=color("control"), alpha=0.35, linewidth=0,
-                            label="permuted labels, 95 %")
-            ax.plot(at, found["untrained"], ":", color=color("control"), label="untrained model")
-            if "control" in found.data:
-                ax.plot(at, found["control"], "--", color=color("control"), label="control task")
-            ax.plot(at, found["score"], "-o", markersize=2.5, color=color("primary"), label="probe")
-            ax.axhline(float(found["chance"]), color=color("control"), linewidth=0.7)
-            metric = "AUC" if found.manifest["metric"] == "auc" else "balanced acc."
-            ax.set_title(f"{key}\n({metric}, n = {found.manifest['n_samples']})")
-            ax.set_ylim(-0.03, 1.05)
-            ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        for ax in axes.flat[len(known):]:
-            ax.set_visible(False)
-        for ax in axes[-1]:
-            ax.set_xlabel("layer")
-        for ax in axes[:, 0]:
-            ax.set_ylabel("held-out score")
-        handles, names = [], []
-        for ax in axes.flat[: len(known)]:
-            for handle, name in zip(*ax.get_legend_handles_labels()):
-                if name not in names:
-                    handles.append(handle)
-                    names.append(name)
-        figure.legend(handles, names, loc="outside lower center", ncols=4)
-        self.figure("scores", figure)
-
-    def _draw_selectivity(self) -> None:
-        known = {key: found for key, found in self.found.items() if "control" in found.data}
-        if not known:
-            self.no_figure("selectivity", "no feature has types that recur across groups")
-        elif self.wants("selectivity"):
-            places = sorted({f.place for f in self.tasks.features if f.key in known})
-            figure, axes = canvas(1, len(places), width=PAGE, height=2.7, squeeze=False, sharey=True)
-            for ax, place in zip(axes[0], places):
-                for feature in self.tasks.features:
-                    if feature.place == place and feature.key in known:
-                        found = known[feature.key]
-                        ax.plot(found["layer"], found["share_right"] - found["control"], "-o",
-                                markersize=3, label=feature.name)
-                ax.axhline(0, color=color("control"), linewidth=0.8)
-                ax.set_title(place)
-                ax.set_xlabel("layer (-1: what enters block 0)")
-                ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-                ax.legend()
-            axes[0][0].set_ylabel("selectivity (share right,\nlabels minus control task)")
-            self.figure("selectivity", figure)
-
 
 class _Pictures(_Probed):
     """A vision-language model and scenes."""
@@ -442,21 +390,3 @@ def _guess(y: np.ndarray, splits: Any) -> np.ndarray:
 
 def _layer(number: int) -> str:
     return "embedding" if number == nulls.EMBEDDING else str(number)
-
-
-def _draw_erased(ax: Any, key: str, found: Result) -> None:
-    at, clean = found["layer"].values, found["clean"].mean("prompt")
-    for kind, look, text in (("projection", "-", "random, equal rank"),
-                             ("permuted", "--", "permuted labels")):
-        drawn = found["random"].sel(kind=kind).mean("prompt") - clean
-        ax.fill_between(at, drawn.min("control"), drawn.max("control"), color=color("control"),
-                        alpha=0.25, linewidth=0)
-        ax.plot(at, drawn.mean("control"), look, color=color("control"),
-                label=f"{found['random'].sizes['control']} {text}")
-    ax.plot(at, found["erased"].mean("prompt") - clean, "-o", color=color("primary"), label="erased")
-    ax.axhline(0, color=color("control"), linewidth=0.7)
-    ax.set_title(f"{key}, rank {found.manifest['rank']}")
-    ax.set_xlabel("layer whose output is changed")
-    ax.set_ylabel("change of log probability (nats)")
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    ax.legend()
