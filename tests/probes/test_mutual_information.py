@@ -132,8 +132,8 @@ def test_measured_on_a_model_the_solution_finds_itself(tiny):
     assert int(np.argmax(found["hsic"].values[0])) == 2
     assert np.isnan(found["hsic"][1, 2:]).all() and np.isfinite(found["hsic_other"][1, :2]).all()
     # The control is the score with the solution of one of the others.
-    others = [mi.score(found["states"].values[0].astype(float), found["solution"].values[j].astype(float),
-                       drop=2)["hsic"].values for j in range(3)]
+    states, targets = (found[name].values.astype(float) for name in ("states", "solution"))
+    others = [mi.score(states[0], target, drop=2)["hsic"].values for target in targets]
     hits = [np.allclose(found["hsic_other"][0], row, atol=1e-6) for row in others]
     assert not hits[0] and sum(hits) == 1
     state = model.run(Prompt.from_tokens([*prompts[2].ids, *traces[2]]), read="resid_post.1")
