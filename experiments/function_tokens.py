@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 import interp
 from experiments import _passages, _texts
@@ -219,7 +219,7 @@ class Words(Subject):
             ax.set_yscale("log")
             for axis in (ax.xaxis, ax.yaxis):
                 axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axis.set_major_formatter(ScalarFormatter())
+                axis.set_major_formatter("{x:g}")
                 axis.set_minor_formatter(NullFormatter())
             ax.set_xlabel("occurrences")
             ax.set_ylabel(f"features activated ({self.kind})")
@@ -321,10 +321,10 @@ def run(settings: Settings, out: Output) -> None:
 
 
 def _jackknife(value: float, without: list[float], name: str) -> statistics.Estimate:
-    """Documents left out one by one: in a bootstrap, documents drawn twice would add no feature."""
+    """Of a share. Documents left out one by one: in a bootstrap, one drawn twice adds no feature."""
     n = len(without)
     if n < statistics.FEWEST:
         return statistics.Estimate(value, (float("nan"), float("nan")), n, name)
     error = 1.96 * float(np.sqrt((n - 1) * np.var(without)))
-    return statistics.Estimate(value, (value - error, value + error), n,
+    return statistics.Estimate(value, (max(0.0, value - error), min(1.0, value + error)), n,
                                f"{name}, jackknife over {n} documents")
