@@ -36,6 +36,17 @@ def test_boxes_are_read_in_the_layer_that_holds_them_and_not_when_shuffled():
     assert float(shuffled["x"]["score"].max()) < 0.2
 
 
+def test_no_picture_lies_in_training_and_test():
+    # States tell the picture only, and the objects of a picture lie close together.
+    places, images, rng = scenes()
+    places[:, 0] = rng.random(IMAGES)[images] + 0.01 * rng.random(len(images))
+    states = (np.eye(IMAGES)[images] + 0.01 * rng.standard_normal((len(images), IMAGES)))[None]
+    more = dict(names=("x",), permutations=5)
+    assert float(objects.regress_boxes(states, places, images, **more)["x"]["score"][0]) < 0.1
+    alone = np.arange(len(images))
+    assert float(objects.regress_boxes(states, places, alone, **more)["x"]["score"][0]) > 0.3
+
+
 def test_pairs_are_all_those_of_one_picture_in_random_order():
     places, images, _ = scenes()
     couples, left = objects.pairs(places, images)
