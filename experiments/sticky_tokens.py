@@ -62,7 +62,7 @@ class Sticky(Subject):
         "twosided": ("Sticky tokens narrow the spread of similarities on both sides of the mean, more "
                      "than benign tokens do.", OWN),
         "null": ("The rule for stickiness picks tokens from a list of benign ones, too.", DERIVED),
-        "intact": ("A token glued to a sentence is mostly read as that token.", DERIVED),
+        "intact": ("Inserted copies of a token are mostly read as that token.", DERIVED),
         "size": ("The number of sticky tokens does not follow the size of the model.", SOURCE),
         "vocabulary": ("The number of sticky tokens does not follow the size of the vocabulary.",
                        SOURCE),
@@ -150,7 +150,7 @@ class Sticky(Subject):
         else:
             self.claim("intact", statistics.mean(whole, resamples=2000), null=0.5, direction="above",
                        unit="share of the inserted copies", control="half of them",
-                       details={"tokens": len(whole)})
+                       details={"tokens": len(whole), "depends on": "the tokenizer alone"})
 
     def _list(self) -> None:
         known, whole = self.known, self.whole

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from experiments import sticky_tokens
@@ -77,10 +78,12 @@ def test_random_models_support_nothing_of_their_own(tiny, tmp_path, architecture
     config = copy.deepcopy(tiny(architecture).config)
     tokenizer = AutoTokenizer.from_pretrained(_locate(MINILM)[0])
     config.vocab_size = len(tokenizer)
+    torch.manual_seed(0)
     type(tiny(architecture))(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     _, found = ran(tmp_path / "model", tmp_path / "out", figure=["curves"])
-    assert not [key for key, claim in found.items() if claim.verdict == "supported"]
+    # How copies are read is up to the tokenizer, whatever the weights.
+    assert {key for key, claim in found.items() if claim.verdict == "supported"} <= {"intact"}
     assert found["usable"].verdict == "not testable" and found["size"].n == 37
 
 
