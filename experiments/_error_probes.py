@@ -93,7 +93,7 @@ class SampleChecks(ErrorSubject):
     """Kinds of error by repeated samples, and the answer that a probe would choose among them."""
 
     def _samples(self, asked: facts.Questions) -> None:
-        count, each = self.settings.pick((48, 15), tiny=(24, 8))
+        count, each = self.settings.pick((36, 12), tiny=(24, 8))
         # Those answered wrong first: they are what is asked about; then as many others.
         of = {a.question: a for a in self.rows}
         wrong = [q for q in asked.items if q in of and not of[q].right][: count * 2 // 3]
@@ -102,7 +102,8 @@ class SampleChecks(ErrorSubject):
         rows: list[dict[str, Any]] = []
         states, kinds = [], {}
         for number, a in enumerate(facts.ask(self.model, chosen, sites=("resid_post",), samples=each,
-                                             log=Log(), seed=self.settings.seed, read_samples=True)):
+                                             log=Log(), seed=self.settings.seed, read_samples=True,
+                                             again={a.question: a.branches for a in self.rows})):
             texts: dict[tuple[int, ...], Any] = {t: asked.exact(self.model, a.question, t)
                                                 for t in a.read}
             bag = [texts[t].text if texts[t] else None for t in a.samples]

@@ -4,7 +4,7 @@
 list, and for facts that other notes contradict. Other models get general knowledge in English.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Optional
 
@@ -31,6 +31,7 @@ WRONG_AT_MOST = 0.6
 CONTRADICTIONS, FEW = 3, 4
 """Further notes that say something else of what is asked, and facts beside it."""
 
+KEPT = 2**28
 FEWEST = 12
 """With fewer right or wrong answers nothing is said about them."""
 
@@ -130,6 +131,7 @@ class Answered:
 
     `states` are `[layer, place, d_model]` per site: the prompt's last token, then every token of the
     greedy answer; `read` are the distinct answers, the greedy one first, as the model reads them.
+    `branches` is kept, to sample more from, where all of them fit into `KEPT` numbers.
     """
 
     question: Question
@@ -140,7 +142,7 @@ class Answered:
     greedy: Followed
     samples: list[tuple[int, ...]]
     read: dict[tuple[int, ...], Followed]
-    branches: Branches
+    branches: Optional[Branches]
 
 
 def run_each(subject: type[Subject], settings: Settings, out: Output) -> None:
@@ -184,10 +186,17 @@ def questions(model: Model, count: int, rng: np.random.Generator) -> Questions:
 def ask(
     model: Model, asked: Questions, *, sites: Sequence[str], samples: int, log: Log, seed: int,
     read_samples: bool = False, with_gold: bool = False,
+    again: Optional[Mapping[Question, Optional[Branches]]] = None,
 ) -> Iterator[Answered]:
-    """The answers, one question after the other: greedy, and `samples` at temperature 1."""
+    """The answers, one question after the other: greedy, and `samples` at temperature 1.
+
+    `again` are prompts that were run before, with at least the same sites.
+    """
+    numbers = 2 * model.n_layers * model.n_kv_heads * model.d_head * sum(
+        len(q.prompt) for q in asked.items)
     for number, question in enumerate(asked.items):
-        made = Branches(model, question.prompt, read=sites, batch_size=32)
+        made = (again or {}).get(question) or Branches(
+            model, question.prompt, read=sites, batch_size=32)
         drawn = [(*_line(model, row), *asked.closing) for row in made.sample(
             1 + samples, new_tokens=asked.new_tokens, seed=seed + number, with_end=True,
             greedy_first=True, allowed=asked.allowed)]
@@ -204,7 +213,7 @@ def ask(
         states = {site: np.concatenate([made.states[site], read[greedy].states[site]], 1)
                   for site in sites}
         yield Answered(question, greedy, exact, exact is not None and asked.right(question, exact),
-                       states, read[greedy], others, read, made)
+                       states, read[greedy], others, read, made if numbers < KEPT else None)
 
 
 def _line(model: Model, tokens: Sequence[int]) -> list[int]:
@@ -266,7 +275,7 @@ def _contradicted(rng: np.random.Generator) -> reader.ReaderPrompt:
     return made._replace(tokens=[*body, *question], segments={}, answers={"context": value})
 
 
-def _hard_enough(model: Model, rng: np.random.Generator, tried: int = 10) -> tuple[int, float]:
+def _hard_enough(model: Model, rng: np.random.Generator, tried: int = 8) -> tuple[int, float]:
     """The longest text after which not too many answers are wrong, and how many are."""
     found = float("nan"), 0
     for length in LENGTHS:

@@ -65,12 +65,12 @@ class HiddenKnowledge(Subject):
     def __init__(self, model: Any, settings: Settings, out: Output) -> None:
         super().__init__(model, settings, out)
         self.resamples = settings.pick(1000, tiny=200)
-        self.samples = settings.pick(24, tiny=8)
+        self.samples = settings.pick(20, tiny=6)
         self.log = Log()
 
     def run(self) -> None:
         """Sample, read, compare and draw."""
-        asked = facts.questions(self.model, self.settings.pick(84, tiny=30), self.settings.rng(2))
+        asked = facts.questions(self.model, self.settings.pick(72, tiny=30), self.settings.rng(2))
         self.out.record(prompts=[q.prompt for q in asked.items], name=f"questions-{self.model.name}")
         rows: list[dict[str, Any]] = []
         states, embedded = [], []

@@ -87,7 +87,7 @@ class Truthfulness(SampleChecks, StackChecks):
 
     def run(self) -> None:
         """Ask, probe, claim and draw."""
-        asked = facts.questions(self.model, self.settings.pick(144, tiny=45), self.settings.rng(1))
+        asked = facts.questions(self.model, self.settings.pick(120, tiny=42), self.settings.rng(1))
         self.closed = asked.allowed is not None
         self.out.record(prompts=[q.prompt for q in asked.items], name=f"questions-{self.model.name}")
         sites = [s for s in SITES if s in self.model.sites()]
@@ -191,7 +191,8 @@ class Truthfulness(SampleChecks, StackChecks):
             self.skip(f"{self.model.name} has {size / 1e9:.1f} billion parameters: no untrained twin is "
                       "held in memory beside it", "untrained")
             return {}
-        twin, some = reinitialized(self.model, self.settings.seed), self._balanced(60)
+        twin = reinitialized(self.model, self.settings.seed)
+        some = self._balanced(self.settings.pick(48, tiny=20))
         states = []
         for i in some:
             a = self.rows[i]

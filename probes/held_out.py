@@ -11,6 +11,7 @@ different probes have no common scale, and pooling them pulls a useless probe be
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import product
 from typing import Any, Literal, Optional, SupportsFloat, SupportsIndex, Union
 
@@ -119,30 +120,37 @@ def splits(
 
 def _assign(y: np.ndarray, groups: Any, folds: int, seed: int) -> np.ndarray:
     """The fold of every sample."""
+    number = np.unique(y, return_inverse=True)[1]
     blocks = None if groups is None else blocks_of(groups, len(y))
     units = len(y) if blocks is None else int(blocks.max()) + 1
     if units < 2:
         raise ValueError(
             "all samples are of one group, so none can be held out; give at least two groups.")
     k = min(folds, units)
-    _, y = np.unique(y, return_inverse=True)
     if blocks is None:
-        k = max(2, min(k, int(np.bincount(y).min())))
+        k = max(2, min(k, int(np.bincount(number).min())))
+    return np.array(_assigned(tuple(number.tolist()), None if blocks is None else tuple(
+        blocks.tolist()), k, seed))
+
+
+@lru_cache(maxsize=256)
+def _assigned(
+    labels: tuple[int, ...], blocks: Optional[tuple[int, ...]], k: int, seed: int
+) -> tuple[int, ...]:
+    """Kept, for many probes are compared on the same folds."""
     made: Any = StratifiedKFold if blocks is None else StratifiedGroupKFold
-    at = np.zeros(len(y), dtype=int)
+    at = np.zeros(len(labels), dtype=int)
     with warnings.catch_warnings():
         # A class rarer than the folds is no fault here: folds without it are left out later.
         warnings.simplefilter("ignore")
         try:
-            parts = list(made(k, shuffle=True, random_state=seed).split(
-                np.zeros(len(y)), y, blocks))
+            parts = list(made(k, shuffle=True, random_state=seed).split(at, labels, blocks))
         except ValueError:
             # Fewer samples in every class than folds.
-            parts = list(made(2, shuffle=True, random_state=seed).split(
-                np.zeros(len(y)), y, blocks))
+            parts = list(made(2, shuffle=True, random_state=seed).split(at, labels, blocks))
     for number, (_, test) in enumerate(parts):
         at[test] = number
-    return np.unique(at, return_inverse=True)[1]
+    return tuple(np.unique(at, return_inverse=True)[1].tolist())
 
 
 def held_out(
