@@ -22,10 +22,8 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from interp.core import Claim, Result
 from interp.figures.style import color, note, style
 from probes.folds import Kind, blocks_of, folds_of, shuffled, targets
-from probes.quick import hat, known_mean, labelled, ridge_scores, stacked
+from probes.quick import hat, known_mean, ridge_scores, stacked
 
-# The names by which probes.held_out knows them.
-_blocks, _hat, _labelled = blocks_of, hat, labelled
 CHANCE = {"auc": 0.5, "r2": 0.0}
 
 
@@ -167,7 +165,8 @@ def best_claim(
             f"{len(highest)} permutations cannot reach level {float(level)}: use at least "
             f"{int(np.ceil(1 / float(level))) - 1}."
         )
-    reach = float(highest[len(highest) - 1 - allowed]) - chance
+    # Scores of permuted labels can all lie below chance, as R^2 does.
+    reach = max(0.0, float(highest[len(highest) - 1 - allowed]) - chance)
     return Claim(
         sentence, source, measured=top["score"], null=chance,
         interval=(top["score"] - reach, top["score"] + reach), direction="above",
@@ -205,8 +204,6 @@ def draw(found: Result, ax: Axes) -> Axes:
 
 
 # -- the parts ------------------------------------------------------------------------------------
-
-
 
 
 

@@ -159,6 +159,10 @@ def test_whole_numbers_are_classes_unless_said_otherwise():
     found = sweep.sweep(X, y, groups=None, task="regression", alpha=1.0)
     assert found.manifest["metric"] == "r2" and float(found["score"][1]) > 0.98
     assert sweep.sweep(X, y + 0.5, groups=None).manifest["metric"] == "r2"
+    # Permuted numbers are predicted worse than by their mean: what is above zero is above them all.
+    assert float(found["null"].max()) < 0
+    claim = sweep.best_claim(found, "Numbers are read.", "arXiv:1909.03368")
+    assert claim.verdict == "supported" and claim.interval[0] <= claim.measured <= claim.interval[1]
 
 
 def test_the_figure_and_bad_input():
