@@ -194,7 +194,7 @@ def fit_layers(
         # As in scikit-learn: the intercept is not penalized.
         total = (fit * float(C) + 0.5 * (weights[:, :-1] ** 2).sum()) / (float(C) * n)
         (slope,) = torch.autograd.grad(total, weights)
-        return float(total), slope.cpu().numpy().ravel()
+        return float(total.detach()), slope.cpu().numpy().ravel()
 
     found = minimize(loss, np.zeros(int(np.prod(shape))), jac=True, method="L-BFGS-B",
                      options={"maxiter": 15000, "gtol": float(tolerance), "ftol": 0.0,

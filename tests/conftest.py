@@ -21,6 +21,8 @@ import transformers as t
 torch.set_num_threads(1)
 
 _with_shapes = jaxtyping.jaxtyped
+_without_shapes = beartype.beartype(conf=beartype.BeartypeConf(
+    violation_type=jaxtyping.TypeCheckError))
 
 
 def _names_axes(annotation: Any) -> bool:
@@ -45,7 +47,7 @@ def _checked(this: Any = None, *, typechecker: Any) -> Any:
         if "<locals>" in this.__qualname__:
             return this
         if not any(map(_names_axes, this.__annotations__.values())):
-            return beartype.beartype(this) if this.__annotations__ else this
+            return _without_shapes(this) if this.__annotations__ else this
     return _with_shapes(this, typechecker=typechecker)
 
 

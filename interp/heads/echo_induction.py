@@ -222,8 +222,8 @@ def select(
         >>> import interp
         >>> model = interp.open_model("reader")
         >>> made = measure(model, [probe(model, np.random.default_rng(0), 20)])
-        >>> len(select(made, echo=0, induction=0.125)), len(select(made, 0, 0.125, n_kv_heads=2))
-        (2, 4)
+        >>> len(select(made, echo=0, induction=0.125)), len(select(made, 0, 1 / 32, n_kv_heads=4))
+        (4, 2)
 
     Args:
         echo, induction: shares of all heads, rounded up.

@@ -113,7 +113,7 @@ def measure(
         >>> model = interp.open_model("reader")
         >>> found = measure(model, [model.prompt("note amber one two ten ; river")])
         >>> found["divergence"].dims, found["divergence"].shape
-        (('head', 'other'), (16, 16))
+        (('head', 'other'), (32, 32))
 
     Args:
         prompts: of at most 128 tokens each: whole maps are held, of one prompt at a time.

@@ -78,7 +78,7 @@ def measure(
         >>> model = interp.open_model("reader")
         >>> found = measure(model, [Prompt.from_tokens([0, *range(20, 60)])], low=2, high=8)
         >>> found["span"].dims, found["waad"].dims, int(found["local"].sum())
-        (('sample', 'layer', 'head'), ('sample', 'position'), 4)
+        (('sample', 'layer', 'head'), ('sample', 'position'), 8)
 
     Args:
         prompts: a segment of kind "generated" says which rows count; else all but the first few.

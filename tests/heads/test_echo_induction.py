@@ -1,5 +1,7 @@
 """Echo and induction: dense definition, TransformerLens, a written head, controls, selection."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -115,10 +117,13 @@ def test_selection_counts_heads_and_completes_groups():
     model = interp.open_model("reader")
     found = echo.measure(model, [echo.probe(model, np.random.default_rng(0), 20)])
     one, more = echo.select(found, 0.01, 0.14), echo.select(found, 0.01, 0.14, model.n_kv_heads)
-    assert len(one) in (3, 4) and set(one) <= set(more)
+    total = model.n_layers * model.n_heads
+    echo_only, induction_only = echo.select(found, 0.01, 0), echo.select(found, 0, 0.14)
+    assert len(echo_only) == math.ceil(0.01 * total) and len(induction_only) == math.ceil(0.14 * total)
+    assert set(one) == {*echo_only, *induction_only} and set(one) <= set(more)
     assert all(Head(h.layer, h.head ^ 1) in more for h in more)
     assert echo.select(found, 0, 0) == ()
-    assert len(echo.select(found, 1, 0)) == 16
+    assert len(echo.select(found, 1, 0)) == total
     with pytest.raises(ValueError, match=r"a share of 1\.5 heads by echo"):
         echo.select(found, 1.5, 0)
 

@@ -107,7 +107,7 @@ def test_the_reader_has_scores_nulls_and_controls():
     rng = np.random.default_rng(0)
     prompts = [Prompt.from_tokens([reader.BOS, *row]) for row in reader.prose(rng, 3, 150)]
     found = positional.measure(model, prompts, n_queries=40, permutations=60)
-    assert found["score"].shape == (4, 4) and found["samples"].shape == (3, 4, 4)
+    assert found["score"].shape == (4, 8) and found["samples"].shape == (3, 4, 8)
     known = found["eligible"].values
     assert known.any() and (found["null"].values[known] > 0).all()
     assert (np.abs(found["score"].values[known]) <= 1).all()

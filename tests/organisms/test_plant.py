@@ -398,8 +398,9 @@ def test_secondary_sinks_can_be_planted_in_the_reader():
     cosine = torch.cosine_similarity(x, x[:, :, :1], dim=-1)[0]
     ordinary = [i for i in range(1, len(words)) if i not in (3, 13)]
     assert cosine[1:3, [3, 13]].min() > 0.9 and cosine[1:3, ordinary].max() < 0.9
-    norm = x.norm(dim=-1)[0]
-    assert norm[3, [3, 13]].max() < 0.1 * norm[2, [3, 13]].min()
+    # Against the twin: far longer while it lasts, of ordinary length once it has ended.
+    times = (x.norm(dim=-1) / residuals(plant.twin, inputs).norm(dim=-1))[0][:, [3, 13]]
+    assert times[1:3].min() > 8 and times[0].max() < 1.01 and times[3].max() < 2.5
     without = {"input_ids": torch.tensor([[w for w in words if w != reader.TOKEN["river"]]])}
     new, old = residuals(plant.model, without), residuals(plant.twin, without)
     assert relative_change(new, old).max() < 1e-4
