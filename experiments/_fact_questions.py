@@ -10,12 +10,8 @@ from typing import Any, Optional
 
 import numpy as np
 
-import interp
-from experiments._output import Output
-from experiments._paper import Settings
-from experiments._subject import Subject
 from experiments._texts import knows
-from interp.core import ModelNotFound, Prompt, PromptError
+from interp.core import Prompt, PromptError
 from interp.models.branches import Branches, Followed
 from interp.models.model import Model
 from interp.organisms import backcopy, reader
@@ -143,28 +139,6 @@ class Answered:
     samples: list[tuple[int, ...]]
     read: dict[tuple[int, ...], Followed]
     branches: Optional[Branches]
-
-
-def run_each(subject: type[Subject], settings: Settings, out: Output) -> None:
-    """Run an experiment on questions for every model; one that cannot be asked says why."""
-    for name in settings.models(subject.paper):
-        try:
-            model = interp.open_model(name, **settings.opening())
-        except ModelNotFound as error:
-            if settings.model is not None:
-                raise
-            subject.refuse(name, str(error), out)
-            continue
-        out.record(model)
-        reason = unfit(model)
-        if reason:
-            subject.refuse(model.name, reason, out)
-            continue
-        one = subject(model, settings, out)
-        try:
-            one.run()
-        except PromptError as error:
-            one.give_up(str(error).rstrip("."))
 
 
 def unfit(model: Model) -> str:

@@ -79,8 +79,9 @@ def _contextualization(one: Any) -> None:
                 body.set_alpha(0.6)
             parts["cmedians"].set_color(hue)
     ax.axhline(float(one.prior[known].mean()), color=GRAY, linestyle=":", linewidth=0.8)
-    ax.text(-0.6, float(one.prior[known].mean()), "frequencies", color=GRAY, fontsize=6, va="bottom")
-    ax.set_xlim(-0.65, len(names) - 0.4)
+    ax.text(len(names) - 0.12, float(one.prior[known].mean()), "frequencies", color=GRAY, fontsize=6,
+            va="bottom", ha="right")
+    ax.set_xlim(-0.65, len(names) - 0.1)
     ax.set_xticks(range(len(names)), names)
     ax.set_ylabel("cost of the tokens before (nats, proxy)")
     ax.set_title(one.model.name)

@@ -87,6 +87,7 @@ def adjacency(alike: Mapping[str, Result], name: str, control: str) -> Figure:
                             for key, one in alike.items()}, label="APS", x=BLOCK, roles=roles)
     left.axhline(0.5, color=GRAY, linewidth=0.8, linestyle="--", zorder=0)
     left.set_title(name)
+    left.set_ylim(top=1.3)  # room for the legend
     for hue, (key, one) in zip(CYCLE, alike.items()):
         hue = GRAY if key == control else hue
         for what, dash in (("r2_cosine", "-"), ("r2_variance", ":")):
@@ -95,7 +96,7 @@ def adjacency(alike: Mapping[str, Result], name: str, control: str) -> Figure:
     right.plot([], [], "-", color=color("other"), label="from similarities")
     right.plot([], [], ":", color=color("other"), label="from the variance")
     right.axhline(0.0, color=GRAY, linewidth=0.8, linestyle="--", zorder=0)
-    right.set_ylim(-0.3, 1.0)
+    right.set_ylim(-0.3, 1.3)
     right.set_xlabel(BLOCK)
     right.set_ylabel("$R^2$ of the position")
     right.set_xticks(left.get_xticks())

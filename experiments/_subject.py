@@ -1,12 +1,13 @@
-"""One model in an experiment on pictures: every claim told once, every figure drawn or explained."""
+"""One model in an experiment: every claim told once, every figure drawn or explained."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import interp
 from experiments import _picture_questions as questions
 from experiments._output import Output
 from experiments._paper import Paper, Settings
-from interp.core import Claim, PromptError
+from interp.core import Claim, ModelNotFound, ModelRefused, PromptError
 
 
 class Subject:
@@ -82,6 +83,34 @@ class Subject:
             return {}
         number, tag = cls.numbers[key]
         return {"paper_number": number, "paper_tag": tag}
+
+
+def run_all(
+    subject: type[Subject], settings: Settings, out: Output,
+    unfit: Callable[[Any], str] = lambda model: "",
+) -> None:
+    """Run an experiment for every model; one that is not there or does not fit says why, claim by claim.
+
+    `unfit` says why nothing can be asked of a model, "" if something can.
+    """
+    for name in settings.models(subject.paper):
+        try:
+            model = interp.open_model(name, **settings.opening())
+        except ModelNotFound as error:
+            if settings.model is not None:
+                raise
+            subject.refuse(name, str(error), out)
+            continue
+        out.record(model)
+        one = subject(model, settings, out)
+        reason = unfit(model)
+        if reason:
+            one.give_up(reason)
+            continue
+        try:
+            one.run()
+        except (PromptError, ModelRefused) as error:
+            one.give_up(str(error).rstrip("."))
 
 
 def run_each(subject: type[Subject], settings: Settings, out: Output) -> None:

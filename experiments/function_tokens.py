@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from matplotlib.ticker import LogLocator, NullFormatter
 
-import interp
 from experiments import _passages, _texts
 from experiments._output import Output
 from experiments._paper import Paper, Settings
-from experiments._subject import Subject
-from interp.core import ModelNotFound, Prompt, PromptError, statistics
+from experiments._subject import Subject, run_all
+from interp.core import Prompt, PromptError, statistics
 from interp.figures.style import CYCLE, GRAY, PAGE, canvas, color, note
 from interp.organisms import backcopy, reader
 from probes.function_tokens import TokenFeatures, features, frequent, slope, strongest
@@ -304,20 +303,7 @@ class Words(Subject):
 
 
 def run(settings: Settings, out: Output) -> None:
-    for name in settings.models(PAPER):
-        try:
-            model = interp.open_model(name, **settings.opening())
-        except ModelNotFound as error:
-            if settings.model is not None:
-                raise
-            Words.refuse(name, str(error), out)
-            continue
-        out.record(model)
-        one = Words(model, settings, out)
-        try:
-            one.run()
-        except PromptError as error:
-            one.give_up(str(error).rstrip("."))
+    run_all(Words, settings, out)
 
 
 def _jackknife(value: float, without: list[float], name: str) -> statistics.Estimate:

@@ -13,14 +13,13 @@ import numpy as np
 import torch
 import xarray as xr
 
-import interp
 from experiments import _contexts
 from experiments._contexts import STEPS, Contexts
 from experiments._future_figures import grid, precision_figure, surprisal_figure
 from experiments._output import Output
 from experiments._paper import Paper, Settings
-from experiments._subject import Subject
-from interp.core import ModelNotFound, ModelRefused, PromptError, Result, statistics
+from experiments._subject import Subject, run_all
+from interp.core import Result, statistics
 from interp.models.futures import Readout, embedded
 from interp.models.model import Model
 from probes import lookahead
@@ -304,24 +303,7 @@ class FutureLens(Subject):
 
 
 def run(settings: Settings, out: Output) -> None:
-    for name in settings.models(PAPER):
-        try:
-            model = interp.open_model(name, **settings.opening())
-        except ModelNotFound as error:
-            if settings.model is not None:
-                raise
-            FutureLens.refuse(name, str(error), out)
-            continue
-        out.record(model)
-        one = FutureLens(model, settings, out)
-        reason = unfit(model)
-        if reason:
-            one.give_up(reason)
-            continue
-        try:
-            one.run()
-        except (PromptError, ModelRefused) as error:
-            one.give_up(str(error).rstrip("."))
+    run_all(FutureLens, settings, out, unfit)
 
 
 def unfit(model: Model) -> str:

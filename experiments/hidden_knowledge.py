@@ -15,7 +15,7 @@ from experiments import _hidden_knowledge_figures as figures
 from experiments._fact_questions import FEWEST, Answered
 from experiments._output import Output
 from experiments._paper import Paper, Settings
-from experiments._subject import Subject
+from experiments._subject import Subject, run_all
 from interp.core import statistics
 from interp.core.statistics import Estimate
 from probes.exact_answer import Log
@@ -274,4 +274,4 @@ class HiddenKnowledge(Subject):
 
 
 def run(settings: Settings, out: Output) -> None:
-    facts.run_each(HiddenKnowledge, settings, out)
+    run_all(HiddenKnowledge, settings, out, facts.unfit)

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-import interp
 from experiments import _math_problems, _texts, _thinking_tokens
 from experiments._output import Output
 from experiments._paper import Paper, Settings
-from experiments._subject import Subject
+from experiments._subject import Subject, run_all
 from experiments._word_classes import english
-from interp.core import ModelNotFound, Prompt, PromptError, statistics
+from interp.core import Prompt, PromptError, statistics
 from interp.figures import token_strip
 from interp.figures.style import CYCLE, GRAY, PAGE, canvas, color
 from interp.models.prompting import printable
@@ -377,17 +376,4 @@ def tasks(model: Any, settings: Settings) -> Tasks:
 
 
 def run(settings: Settings, out: Output) -> None:
-    for name in settings.models(PAPER):
-        try:
-            model = interp.open_model(name, **settings.opening())
-        except ModelNotFound as error:
-            if settings.model is not None:
-                raise
-            Peaks.refuse(name, str(error), out)
-            continue
-        out.record(model)
-        one = Peaks(model, settings, out)
-        try:
-            one.run()
-        except PromptError as error:
-            one.give_up(str(error).rstrip("."))
+    run_all(Peaks, settings, out)

@@ -10,15 +10,14 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-import interp
 from experiments import _microscope_figures as figures
 from experiments import _passages, _sink_subjects, _texts
 from experiments._output import Output
 from experiments._paper import Paper, Settings
-from experiments._subject import Subject
+from experiments._subject import Subject, run_all
 from experiments._token_removal import removal
 from experiments._word_classes import is_function, kinds
-from interp.core import ModelNotFound, Prompt, PromptError, Result, statistics
+from interp.core import Prompt, Result, statistics
 from probes import contextualization, geometry, linearity
 from probes.layer_correlation import rank_correlation
 from probes.nulls import layer_states, reinitialized
@@ -340,17 +339,4 @@ def texts(model: Any, settings: Settings) -> tuple[list[Prompt], str]:
 
 
 def run(settings: Settings, out: Output) -> None:
-    for name in settings.models(PAPER):
-        try:
-            model = interp.open_model(name, **settings.opening())
-        except ModelNotFound as error:
-            if settings.model is not None:
-                raise
-            Microscope.refuse(name, str(error), out)
-            continue
-        out.record(model)
-        one = Microscope(model, settings, out)
-        try:
-            one.run()
-        except PromptError as error:
-            one.give_up(str(error))
+    run_all(Microscope, settings, out)

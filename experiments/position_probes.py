@@ -9,7 +9,6 @@ from typing import Any, Optional
 
 import numpy as np
 
-import interp
 from experiments import _object_positions as seen
 from experiments import _picture_questions as questions
 from experiments import _position_figures as figures
@@ -18,8 +17,8 @@ from experiments import _texts as texts
 from experiments._output import Output
 from experiments._paper import Paper, Settings
 from experiments._position_claims import CLAIMS, NUMBERS, PICTURE, TEXT
-from experiments._subject import Subject
-from interp.core import ModelNotFound, ModelRefused, PromptError, Result, statistics
+from experiments._subject import Subject, run_all
+from interp.core import ModelRefused, PromptError, Result, statistics
 from probes import nulls, object_position, position
 from probes.sweep import best, best_claim, sweep
 
@@ -51,20 +50,12 @@ UNTRAINED, BARE, FREE = "untrained", "untrained, no encodings", "untrained, no e
 
 
 def run(settings: Settings, out: Output) -> None:
-    for name in settings.models(PAPER):
-        try:
-            model = interp.open_model(name, **settings.opening())
-        except ModelNotFound as error:
-            if settings.model is not None:
-                raise
-            One.refuse(name, str(error), out)
-            continue
-        out.record(model)
-        one = One(model, settings, out)
-        if model.kind != "decoder":
-            one.give_up(f"{model.name} is an encoder: it has no causal mask")
-            continue
-        one.run()
+    run_all(One, settings, out, unfit)
+
+
+def unfit(model: Any) -> str:
+    """Why positions cannot be asked for in a model, "" if they can."""
+    return "" if model.kind == "decoder" else f"{model.name} is an encoder: it has no causal mask"
 
 
 class One(Subject):

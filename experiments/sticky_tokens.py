@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from matplotlib.ticker import NullFormatter
 
-import interp
 from experiments import _passages
 from experiments._output import Output
 from experiments._paper import Paper, Settings
 from experiments._released_sticky import BENCHMARKS, KNOWN, RELEASED
-from experiments._subject import Subject
-from interp.core import ModelNotFound, Prompt, PromptError, statistics
+from experiments._subject import Subject, run_all
+from interp.core import Prompt, statistics
 from interp.figures.style import CYCLE, GRAY, PAGE, canvas, color, note
 from probes import sticky_found
 from probes.short_sentences import short_sentences
@@ -340,20 +339,7 @@ class Sticky(Subject):
 
 
 def run(settings: Settings, out: Output) -> None:
-    for name in settings.models(PAPER):
-        try:
-            model = interp.open_model(name, **settings.opening())
-        except ModelNotFound as error:
-            if settings.model is not None:
-                raise
-            Sticky.refuse(name, str(error), out)
-            continue
-        out.record(model)
-        one = Sticky(model, settings, out)
-        try:
-            one.run()
-        except PromptError as error:
-            one.give_up(str(error).rstrip("."))
+    run_all(Sticky, settings, out)
 
 
 def _exact(value: Any, name: str) -> statistics.Estimate:

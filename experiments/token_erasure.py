@@ -11,12 +11,11 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
-import interp
 from experiments import _lexical_items
 from experiments._output import Output
 from experiments._paper import Paper, Settings
-from experiments._subject import Subject
-from interp.core import ModelNotFound, ModelRefused, PromptError, Result, statistics
+from experiments._subject import Subject, run_all
+from interp.core import ModelRefused, Result, statistics
 from interp.figures import token_strip
 from interp.figures.style import CYCLE, PAGE, canvas, color, note
 from interp.models.model import Model
@@ -356,24 +355,11 @@ def _evenly(n_layers: int, most: int) -> list[int]:
 
 
 def run(settings: Settings, out: Output) -> None:
-    for name in settings.models(PAPER):
-        try:
-            model = interp.open_model(name, **settings.opening())
-        except ModelNotFound as error:
-            if settings.model is not None:
-                raise
-            TokenErasure.refuse(name, str(error), out)
-            continue
-        out.record(model)
-        one = TokenErasure(model, settings, out)
-        if model.kind != "decoder":
-            one.give_up(f"{model.name} is an encoder: its states see the tokens after them, and nothing "
-                        "is last")
-            continue
-        if model.n_layers < 2:
-            one.give_up(f"{model.name} has one block: there are no two to compare")
-            continue
-        try:
-            one.run()
-        except (PromptError, ModelRefused) as error:
-            one.give_up(str(error).rstrip("."))
+    run_all(TokenErasure, settings, out, unfit)
+
+
+def unfit(model: Any) -> str:
+    """Why nothing can be forgotten in a model, "" if something can."""
+    if model.kind != "decoder":
+        return f"{model.name} is an encoder: its states see the tokens after them, and nothing is last"
+    return f"{model.name} has one block: there are no two to compare" if model.n_layers < 2 else ""

@@ -10,12 +10,11 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
-import interp
 from experiments import _passages, _sink_subjects, _texts
 from experiments._output import Output
 from experiments._paper import Paper, Settings
-from experiments._subject import Subject
-from interp.core import ModelNotFound, Prompt, PromptError, Result, statistics
+from experiments._subject import Subject, run_all
+from interp.core import Prompt, Result, statistics
 from interp.figures.style import CYCLE, GRAY, PAGE, canvas, color
 from probes import geometry
 from probes.layer_correlation import rank_correlation
@@ -348,17 +347,4 @@ def texts(model: Any, settings: Settings) -> tuple[list[Prompt], str]:
 
 
 def run(settings: Settings, out: Output) -> None:
-    for name in settings.models(PAPER):
-        try:
-            model = interp.open_model(name, **settings.opening())
-        except ModelNotFound as error:
-            if settings.model is not None:
-                raise
-            Geometry.refuse(name, str(error), out)
-            continue
-        out.record(model)
-        one = Geometry(model, settings, out)
-        try:
-            one.run()
-        except PromptError as error:
-            one.give_up(str(error))
+    run_all(Geometry, settings, out)

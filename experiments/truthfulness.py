@@ -15,6 +15,7 @@ from experiments._error_probes import EXACT, SITES, SampleChecks, StackChecks
 from experiments._fact_questions import FEWEST
 from experiments._output import Output
 from experiments._paper import Paper, Settings
+from experiments._subject import run_all
 from interp.core import statistics
 from interp.core.statistics import Estimate
 from interp.models.branches import Branches
@@ -299,4 +300,4 @@ class Truthfulness(SampleChecks, StackChecks):
 
 
 def run(settings: Settings, out: Output) -> None:
-    facts.run_each(Truthfulness, settings, out)
+    run_all(Truthfulness, settings, out, facts.unfit)
