@@ -199,7 +199,7 @@ def _accuracy(model: Any, settings: Settings, out: Output) -> None:
     try:
         # 40 short documents instead of 20: as hard for `reader`, and fewer tokens.
         search, test = (tasks.qa(
-            model, settings.rng(2, which), count, documents=settings.pick(40, tiny=4),
+            model, settings.rng(2, which), count, documents=settings.pick(32, tiny=4),
             words=settings.pick(12, tiny=10))
             for which, count in enumerate(settings.pick((20, 50), tiny=(6, 6))))
     except PromptError as error:
@@ -210,7 +210,7 @@ def _accuracy(model: Any, settings: Settings, out: Output) -> None:
     out.record(prompts=test.prompts, name=f"items-{model.name}")
     found = calibration.measure(model, search.prompts)
     layers = calibration.scope(model.n_layers) if model.n_layers >= 8 else range(model.n_layers)
-    most = settings.pick(32, tiny=6)
+    most = settings.pick(16, tiny=6)
     tried = calibration.candidates(found, layers)[:most]
     if not tried:
         reason = "no head has a hidden sink in these prompts"

@@ -249,7 +249,7 @@ def _interventions(
     prompts, metric = tasks.prompts_of(test), AnswerAccuracy(tasks.answers_of(test))
     total, best = len(ranking), top_count(model)
     counts = sorted({min(k, total) for k in settings.pick(
-        (1, 2, 4, 8, best, total) if total < 200 else (1, 5, 10, 20, best, 50, 100, total),
+        (1, 4, best, total) if total < 200 else (1, 5, 10, 20, best, 50, 100, total),
         tiny=(1, total))} | {best})
     writes: list[Any] = [()]
     marks: list[tuple[str, int, int]] = [("baseline", 0, 0)]

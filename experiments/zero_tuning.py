@@ -96,10 +96,10 @@ def run(settings: Settings, out: Output) -> None:
 
 
 def _task(model: Any, kind: str, settings: Settings) -> tasks.Task:
-    count, rng = settings.pick(40, tiny=12), settings.rng(1 + TASKS.index(kind))
+    count, rng = settings.pick(32, tiny=12), settings.rng(1 + TASKS.index(kind))
     if kind == "qa":
         # 40 short documents instead of 20: as hard for `reader`, and fewer tokens.
-        return tasks.qa(model, rng, count, documents=settings.pick(40, tiny=4),
+        return tasks.qa(model, rng, count, documents=settings.pick(32, tiny=4),
                         words=settings.pick(12, tiny=10))
     return tasks.classification(model, rng, count, length=settings.pick(400, tiny=64))
 
@@ -308,7 +308,7 @@ def _heads(model: Any, task: tasks.Task, settings: Settings, out: Output) -> Non
         return
     small = _small(task, settings.pick(8, tiny=5))
     order = np.argsort(-np.nan_to_num(mass).reshape(-1), kind="stable")
-    tried = [Head(*divmod(int(i), model.n_heads)) for i in order[: settings.pick(64, tiny=4)]]
+    tried = [Head(*divmod(int(i), model.n_heads)) for i in order[: settings.pick(24, tiny=4)]]
     rows = _sweep(model, small, [(), *(_write(HEAD_GAMMA, heads=[h]) for h in tried)])
     change, right = (np.full(mass.shape, np.nan) for _ in range(2))
     for head, p, a in zip(tried, rows["log_prob"].values[1:], rows["correct"].values[1:]):
