@@ -7,7 +7,7 @@ The four parts of the framework, in the order in which an experiment meets them:
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +17,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 import experiments
-from interp.core import UndertowError
+import interp
+from interp.core import ModelNotFound, UndertowError
 
 DTYPES = ("float32", "bfloat16", "float16")
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
@@ -155,6 +156,27 @@ class Settings(BaseModel):
     def rng(self, *stream: int) -> np.random.Generator:
         """A generator that depends on the seed, and on `stream` where several are needed."""
         return np.random.default_rng([self.seed, *stream])
+
+
+def opened(
+    paper: Paper, settings: Settings, absent: Callable[[str, str], None],
+    opening: Optional[Callable[[str, Settings], Any]] = None,
+) -> Iterator[Any]:
+    """The models of a run, opened one by one; of one of the paper's that is not here `absent` is told.
+
+    A model that was asked for by name and is not there stops the run (`ModelNotFound`). `opening`
+    opens one by its name, where that takes more than `interp.open_model`.
+    """
+    for name in settings.models(paper):
+        try:
+            model = opening(name, settings) if opening else interp.open_model(
+                name, **settings.opening())
+        except ModelNotFound as error:
+            if settings.model is not None:
+                raise
+            absent(name, str(error))
+            continue
+        yield model
 
 
 def names() -> tuple[str, ...]:

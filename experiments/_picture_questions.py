@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw
 import interp
 from experiments import visual_sinks
 from experiments._output import Output
-from experiments._paper import Paper, Settings
+from experiments._paper import Paper, Settings, opened
 from interp.causal.metrics import AnswerLogProb
-from interp.core import ModelNotFound, Prompt, PromptError
+from interp.core import Prompt, PromptError
 from interp.heads import ocr
 from interp.models.model import Model
 from interp.organisms import looker
@@ -68,14 +68,7 @@ def subjects(
 
     `so` is what follows for an experiment from a model's having no image tokens.
     """
-    for name in settings.models(paper):
-        try:
-            model = open_subject(name, settings)
-        except ModelNotFound as error:
-            if settings.model is not None:
-                raise
-            give_up(name, str(error))
-            continue
+    for model in opened(paper, settings, give_up, open_subject):
         reason = unfit(model, so)
         if reason:
             out.record(model)

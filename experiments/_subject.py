@@ -3,11 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-import interp
 from experiments import _picture_questions as questions
 from experiments._output import Output
-from experiments._paper import Paper, Settings
-from interp.core import Claim, ModelNotFound, ModelRefused, PromptError
+from experiments._paper import Paper, Settings, opened
+from interp.core import Claim, ModelRefused, PromptError
 
 
 class Subject:
@@ -93,14 +92,10 @@ def run_all(
 
     `unfit` says why nothing can be asked of a model, "" if something can.
     """
-    for name in settings.models(subject.paper):
-        try:
-            model = interp.open_model(name, **settings.opening())
-        except ModelNotFound as error:
-            if settings.model is not None:
-                raise
-            subject.refuse(name, str(error), out)
-            continue
+    def absent(name: str, reason: str) -> None:
+        subject.refuse(name, reason, out)
+
+    for model in opened(subject.paper, settings, absent):
         out.record(model)
         one = subject(model, settings, out)
         reason = unfit(model)

@@ -15,10 +15,10 @@ import xarray as xr
 import interp
 from experiments import _relevance as relevant
 from experiments._output import Output
-from experiments._paper import Paper, Settings
+from experiments._paper import Paper, Settings, opened
 from experiments._relevance import NAMES, TARGETS, Relevance, Task, top_third
 from experiments._relevance_figures import Figures
-from interp.core import Claim, ModelNotFound, ModelRefused, PromptError, Result, statistics
+from interp.core import Claim, ModelRefused, PromptError, Result, statistics
 from interp.flow import knockout, saliency
 from interp.models.head_gradients import head_gradients
 from interp.models.model import Model
@@ -97,16 +97,12 @@ BOTH = ("blank", "knockout")
 
 
 def run(settings: Settings, out: Output) -> None:
-    for name in settings.models(PAPER):
-        try:
-            model = interp.open_model(name, **settings.opening())
-        except ModelNotFound as error:
-            if settings.model is not None:
-                raise
-            for figure in PAPER.figures:
-                out.no_figure(figure, str(error), of=name)
-            out.claim(Claim.untestable(SENTIMENT, FLOW, str(error)), name)
-            continue
+    def absent(name: str, reason: str) -> None:
+        for figure in PAPER.figures:
+            out.no_figure(figure, reason, of=name)
+        out.claim(Claim.untestable(SENTIMENT, FLOW, reason), name)
+
+    for model in opened(PAPER, settings, absent):
         _general(model, settings, out)
         for number, task in enumerate(relevant.tasks(model, settings)):
             out.record(model, [item.prompt for item in task.items], f"{task.name}-{model.name}")

@@ -12,11 +12,10 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 
-import interp
 from experiments import _passages, _sink_subjects
 from experiments._output import Output
-from experiments._paper import Paper, Settings
-from interp.core import Claim, ModelNotFound, Prompt, PromptError, SiteRefused, statistics
+from experiments._paper import Paper, Settings, opened
+from interp.core import Claim, Prompt, PromptError, SiteRefused, statistics
 from interp.figures.style import CYCLE, GRAY, PAGE, canvas, color, note
 from interp.heads import head_clusters, linguistic, no_op
 from interp.heads.linguistic import GROUPS
@@ -84,16 +83,12 @@ class Subject:
 
 
 def run(settings: Settings, out: Output) -> None:
-    for name in settings.models(PAPER):
-        try:
-            model = interp.open_model(name, **settings.opening())
-        except ModelNotFound as error:
-            if settings.model is not None:
-                raise
-            for figure in PAPER.figures:
-                out.no_figure(figure, str(error), of=name)
-            out.claim(Claim.untestable("Heads look at delimiters.", SOURCE, str(error)), name)
-            continue
+    def absent(name: str, reason: str) -> None:
+        for figure in PAPER.figures:
+            out.no_figure(figure, reason, of=name)
+        out.claim(Claim.untestable("Heads look at delimiters.", SOURCE, reason), name)
+
+    for model in opened(PAPER, settings, absent):
         one = subject(model, settings)
         one.resamples = settings.pick(statistics.RESAMPLES, tiny=1000)
         out.record(model, one.prompts, name=f"texts-{model.name}")

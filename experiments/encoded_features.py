@@ -11,14 +11,13 @@ import numpy as np
 import xarray as xr
 from sklearn.pipeline import make_pipeline
 
-import interp
 from experiments import _encoded_figures as figures
 from experiments import _encoded_tasks as tasks
 from experiments import _picture_questions as questions
 from experiments._output import Output
-from experiments._paper import Paper, Settings
+from experiments._paper import Paper, Settings, opened
 from experiments._subject import Subject
-from interp.core import ModelNotFound, ModelRefused, PromptError, Result, statistics
+from interp.core import ModelRefused, PromptError, Result, statistics
 from interp.figures.style import PAGE, canvas, color
 from probes import amnesic, controls, erasure, linear, mdl, nulls, sweep
 from probes.folds import folds_of, targets
@@ -92,14 +91,10 @@ def _claims(meanings: Mapping[str, str], erased: tuple[str, ...]) -> dict[str, t
 
 
 def run(settings: Settings, out: Output) -> None:
-    for name in settings.models(PAPER):
-        try:
-            model = interp.open_model(name, **settings.opening())
-        except ModelNotFound as error:
-            if settings.model is not None:
-                raise
-            (_Pictures if name == "looker" else _Texts).refuse(name, str(error), out)
-            continue
+    def absent(name: str, reason: str) -> None:
+        (_Pictures if name == "looker" else _Texts).refuse(name, reason, out)
+
+    for model in opened(PAPER, settings, absent):
         out.record(model)
         kind = _Pictures if model.has_images else _Texts
         reason = questions.unfit(model) if model.has_images else ""

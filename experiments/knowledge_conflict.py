@@ -11,14 +11,13 @@ from typing import Any, Optional
 import numpy as np
 import xarray as xr
 
-import interp
 from experiments import _conflict_figures as figures
 from experiments import _texts as texts
 from experiments._conflicts import cases_for
 from experiments._output import Output
-from experiments._paper import Paper, Settings
+from experiments._paper import Paper, Settings, opened
 from interp.causal import prune
-from interp.core import Claim, Head, ModelNotFound, PromptError, Result, statistics
+from interp.core import Claim, Head, PromptError, Result, statistics
 from interp.heads import memory_context
 from interp.prompts.conflict import FORMATS, Conflict, closed_book, split
 
@@ -68,14 +67,10 @@ NUMBERS = {"to_memory": "memory usage 49.7 to 93.7, mean of 8 models",
 
 
 def run(settings: Settings, out: Output) -> None:
-    for name in settings.models(PAPER):
-        try:
-            model = interp.open_model(name, **settings.opening())
-        except ModelNotFound as error:
-            if settings.model is not None:
-                raise
-            _give_up(name, str(error), out)
-            continue
+    def absent(name: str, reason: str) -> None:
+        _give_up(name, reason, out)
+
+    for model in opened(PAPER, settings, absent):
         out.record(model)
         try:
             cases = cases_for(model, settings)

@@ -17,8 +17,8 @@ from scipy import stats
 import interp
 from experiments import _passages, _sink_subjects
 from experiments._output import Output
-from experiments._paper import Paper, Settings
-from interp.core import Claim, ModelNotFound, Prompt, PromptError, statistics
+from experiments._paper import Paper, Settings, opened
+from interp.core import Claim, Prompt, PromptError, statistics
 from interp.figures import heat
 from interp.figures.style import CYCLE, GRAY, PAGE, canvas, color, note
 from interp.heads import local_global, preplan_anchor
@@ -71,14 +71,10 @@ class Subject:
 
 
 def run(settings: Settings, out: Output) -> None:
-    for name in settings.models(PAPER):
-        try:
-            model = interp.open_model(name, **settings.opening())
-        except ModelNotFound as error:
-            if settings.model is not None:
-                raise
-            _nothing(out, name, str(error))
-            continue
+    def absent(name: str, reason: str) -> None:
+        _nothing(out, name, reason)
+
+    for model in opened(PAPER, settings, absent):
         if model.kind != "decoder":
             out.record(model)
             _nothing(out, model.name, f"{model.name} is an encoder: its heads look ahead as well, and "

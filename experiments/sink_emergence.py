@@ -10,11 +10,10 @@ from typing import Any, Optional
 import numpy as np
 import xarray as xr
 
-import interp
 from experiments import _texts as texts
 from experiments._output import Output
-from experiments._paper import Paper, Settings
-from interp.core import Claim, ModelNotFound, Prompt, Result, statistics
+from experiments._paper import Paper, Settings, opened
+from interp.core import Claim, Prompt, Result, statistics
 from interp.figures import heat, layer_curve
 from interp.figures.style import PAGE, canvas, color
 from interp.sinks import first_token
@@ -85,14 +84,10 @@ SHORTEST = 16
 
 
 def run(settings: Settings, out: Output) -> None:
-    for name in settings.models(PAPER):
-        try:
-            model = interp.open_model(name, **settings.opening())
-        except ModelNotFound as error:
-            if settings.model is not None:
-                raise
-            _give_up(name, str(error), out, "the first token")
-            continue
+    def absent(name: str, reason: str) -> None:
+        _give_up(name, reason, out, "the first token")
+
+    for model in opened(PAPER, settings, absent):
         out.record(model)
         if model.max_positions and model.max_positions < SHORTEST:
             _give_up(model.name, f"{model.name} has {model.max_positions} positions "

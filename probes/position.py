@@ -9,7 +9,7 @@ Cause     none here: that a position can be read does not say that the model rea
 Positions of objects in pictures: `probes.object_position`.
 """
 
-from typing import Any, Literal, Optional, SupportsIndex, Union
+from typing import Any, Literal, Optional, SupportsIndex
 
 import numpy as np
 import torch
@@ -26,10 +26,10 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from interp.core import NumericalError, Result
+from interp.core import Result
 from interp.figures.style import color, style
+from interp.stream.similarity import cosines
 
-States = Union[Float[Tensor, "*layer position d_model"], Float[np.ndarray, "*layer position d_model"]]
 Against = Literal["triples", "next", "neighbor"]
 EXACT = 2**16
 """Training sets of so many numbers are solved in float64, larger ones in float32."""
@@ -243,20 +243,6 @@ def absolute(
 
 
 # -- similarity of nearby states ------------------------------------------------------------------
-
-
-def cosines(states: States) -> Float[np.ndarray, "*layer position position"]:
-    """Cosine similarity of every two positions; center the states over positions before.
-
-    Example:
-        >>> cosines(np.eye(3, 4)).tolist()
-        [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
-    """
-    x = torch.as_tensor(states).double()
-    if not torch.isfinite(x).all():
-        raise NumericalError("states contain NaN or infinity; recompute them in float32.")
-    x = torch.nn.functional.normalize(x, dim=-1)
-    return (x @ x.transpose(-1, -2)).numpy()
 
 
 def adjacency(

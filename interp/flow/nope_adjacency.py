@@ -10,36 +10,18 @@ from collections.abc import Sequence
 from typing import SupportsIndex, Union
 
 import numpy as np
-import torch
 import xarray as xr
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from scipy import stats
-from torch import Tensor
 
-from interp.core import NumericalError, Prompt, PromptError, Result
+from interp.core import Prompt, PromptError, Result
 from interp.figures import heat
 from interp.models.model import Model
-
-States = Union[Float[Tensor, "*layer position d_model"], Float[np.ndarray, "*layer position d_model"]]
-
+from interp.stream.similarity import cosines
 
 SHORT = 200
 """Rows of up to so many keys are compared pair by pair, which is faster than sorting them."""
-
-
-def cosines(states: States) -> Float[np.ndarray, "*layer position position"]:
-    """Cosine similarity of every two positions.
-
-    Example:
-        >>> cosines(np.eye(3, 4)).tolist()
-        [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
-    """
-    x = torch.as_tensor(states).double()
-    if not torch.isfinite(x).all():
-        raise NumericalError("states contain NaN or infinity; recompute them in float32.")
-    x = torch.nn.functional.normalize(x, dim=-1)
-    return (x @ x.transpose(-1, -2)).cpu().numpy()
 
 
 def adjacency(cosine: Float[np.ndarray, "*layer position position"]) -> Float[np.ndarray, "*layer"]:

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+import interp
 from experiments import _conflicts, knowledge_conflict
 from experiments.__main__ import app
 from experiments._output import execute
@@ -36,7 +37,7 @@ def run(tmp_path_factory):
             out = tmp_path_factory.mktemp(name)
             with pytest.MonkeyPatch.context() as patch:
                 model = Model(planted.build(**kinds), name)
-                patch.setattr(knowledge_conflict.interp, "open_model", lambda *_, **__: model,
+                patch.setattr(interp, "open_model", lambda *_, **__: model,
                               raising=False)
                 patch.setattr(knowledge_conflict, "cases_for", lambda *_: cases)
                 # Drawing is slow: one run draws everything.

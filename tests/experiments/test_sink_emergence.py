@@ -165,7 +165,7 @@ def test_of_several_models_a_missing_one_is_a_reason_and_shares_a_row(tmp_path, 
             raise ModelNotFound("the reader is not here.")
         return opened(name, **more)
 
-    monkeypatch.setattr(experiment.interp, "open_model", one_missing)
+    monkeypatch.setattr(interp, "open_model", one_missing)
     paper = dataclasses.replace(experiment.PAPER, models=("reader", "backcopy-1l"))
     monkeypatch.setattr(experiment, "PAPER", paper)
     outcome = execute(load("sink_emergence"),
