@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt pip setuptools wheel
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[vlm,pretrained,probes,notebooks,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[vlm,pretrained,probes,notebooks,cluster,docs,dev]'
 	@touch $(STAMP)
 
 figures: $(STAMP)  ## every figure and claim, from the bundled models, and where they are
