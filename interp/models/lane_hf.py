@@ -15,6 +15,7 @@ from interp.models import attention as attend
 from interp.models.edits import Edits, Pass, Shape
 from interp.models.run import Reads
 from interp.models.sites import Block, find_blocks, first_tensor, hidden_input, locate
+from interp.models.visit import Visit
 
 RESIDUAL_STATS = ("norm", "top_dimensions", "cosine")
 
@@ -222,17 +223,7 @@ class LaneHF:
         reducers: Callable, residual_reducers: Callable, numbers: Sequence[int], cache: Any,
         use_cache: bool, logits: str, gradients: bool = False,
     ) -> Any:
-        # One attention call serves one row of the batch at a time, in order.
-        turn: dict[tuple[int, str], int] = {}
-
-        def keep(layer: int, name: str, value: Tensor) -> None:
-            row = turn.get((layer, name), 0)
-            turn[layer, name] = row + 1
-            reads.add(numbers[row], layer, name, value[0])
-
-        running = attend.Session(
-            now, list(edits), reads.want, keep, lambda row, layer: reducers(numbers[row], layer)
-        )
+        running = Visit(now, edits, reads, reducers, residual_reducers, numbers).session()
         more: dict[str, Any] = {"use_cache": use_cache}
         if cache is not None:
             more["past_key_values"] = cache
@@ -263,36 +254,17 @@ class LaneHF:
         """Hooks for the residual sites of one pass, removed whatever happens."""
         handles: list[Any] = []
         stored: dict[int, Tensor] = {}
+        visit = Visit(now, edits, reads, lambda *_: [], residual_reducers, numbers)
 
         def act(block: Block, name: str, x: Tensor) -> Tensor:
-            shape = x.shape
-            x = x.reshape(len(edits), now.length, shape[-1])
-            if any(one.writes(block.index, name) for one in edits):
-                x = torch.stack([
-                    one.apply(block.index, name, row, now) for one, row in zip(edits, x)
-                ])
-            if reads.want(block.index, name):
-                for row, one in enumerate(x):
-                    reads.add(numbers[row], block.index, name, one)
-            if name == "resid_post":
-                for row, one in enumerate(x):
-                    for reducer in residual_reducers(numbers[row], block.index):
-                        reducer.add(one, now.start)
-            return x.reshape(shape)
-
-        def needed(block: Block, name: str) -> bool:
-            wanted = reads.want(block.index, name)
-            wanted |= any(one.writes(block.index, name) for one in edits)
-            if name == "resid_post":
-                wanted |= bool(residual_reducers(numbers[0], block.index))
-            return wanted
+            return visit.at(block.index, name, x)
 
         try:
             for block in self.blocks:
                 # In forward order: what attention adds is edited before the stream after it.
                 for name in ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out",
                              "resid_post"):
-                    if not needed(block, name):
+                    if not visit.needed(block.index, name):
                         continue
                     port = block.port(name)
                     if port is None:
@@ -300,9 +272,7 @@ class LaneHF:
                             f"cannot reach {name!r} in layer {block.index}: "
                             f"{self.unavailable(name)}."
                         )
-                    mid_write = name == "resid_mid" and any(
-                        one.writes(block.index, name) for one in edits
-                    )
+                    mid_write = name == "resid_mid" and visit.writes(block.index, name)
                     if mid_write and block.kind == "sequential":
                         handles += _write_middle(block, act, stored)
                     else:
