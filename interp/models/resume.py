@@ -24,8 +24,9 @@ from interp.core.errors import ModelRefused, OutOfRange, SiteRefused
 from interp.core.prompt import Prompt
 from interp.core.site import RESIDUAL
 from interp.models import attention as attend
+from interp.models.block_calls import block_arguments, passing
 from interp.models.lane_hf import no_earlier_picture
-from interp.models.sites import Block, first_tensor, hidden_input
+from interp.models.sites import first_tensor, hidden_input
 
 Blocked = Callable[[int], Optional[Bool[Tensor, "batch #head query key"]]]
 """Layer -> edges to cut, True where cut; None where none are."""
@@ -33,8 +34,7 @@ Blocked = Callable[[int], Optional[Bool[Tensor, "batch #head query key"]]]
 Watch = Callable[[int, Float[Tensor, "batch head query key"]], None]
 """Called with a layer and the weights of its attention."""
 
-AXES = {"position_embeddings": -2, "position_ids": -1, "cache_position": -1}
-"""The axis of positions in what blocks are given, where it is known."""
+_gather = block_arguments
 
 
 class Resumable:
@@ -44,15 +44,22 @@ class Resumable:
         logits: `[position, vocab]` of the plain run. length: its number of positions.
         spent: token-layers executed since (one token through one block), to report costs in units
             of `prefill`, the token-layers of the plain run.
+        hidden: what enters every block `[position, d_model]`; keys, values `[kv_head, position,
+            d_head]`, final `[position, d_model]`: what leaves the last block; with `keep_z` also z
+            `[position, head, d_head]` of every block.
     """
 
-    def __init__(self, hf: nn.Module, lane: Any, prompt: Prompt, tolerance: float) -> None:
+    def __init__(
+        self, hf: nn.Module, lane: Any, prompt: Prompt, tolerance: float, keep_z: bool = False
+    ) -> None:
         self.hf, self.lane, self.blocks = hf, lane, lane.blocks
         self.length, self.n_layers = len(prompt), len(lane.blocks)
         self.prefill, self.spent = self.length * self.n_layers, 0
         self.hidden: list[Tensor] = []
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.z: list[Tensor] = []
+        self.keep_z = keep_z
         self._given: list[tuple[tuple, dict[str, Any]]] = []
         self._masks: list[Any] = []
         self._dense: dict[Any, Tensor] = {}
@@ -103,6 +110,7 @@ class Resumable:
             raise ModelRefused(
                 f"{type(self.hf).__name__} has no vocabulary head: nothing to resume towards."
             )
+        self.final = outputs[-1].reshape(self.length, -1)
         return out.logits[0].detach()
 
     def _prove(self, tolerance: float) -> None:
@@ -212,7 +220,7 @@ class Resumable:
             with _reading(self.lane, range(layer, stop), x.shape, into or {}):
                 for number in range(layer, stop):
                     args, kwargs = self._given[number]
-                    args, kwargs = _gather(args, kwargs, x, of, self.length)
+                    args, kwargs = block_arguments(args, kwargs, x, of, self.length)
                     x = first_tensor(self.blocks[number].module(*args, **kwargs)).reshape(x.shape)
             self.spent += rows.numel() * (stop - layer)
             if until is not None:
@@ -223,7 +231,7 @@ class Resumable:
     def _tail(self, x: Float[Tensor, "batch row d_model"]) -> Float[Tensor, "batch row vocab"]:
         """What follows the last block: final norm and vocabulary head, as the model has them."""
         ids = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
-        with _passing(self.blocks, self._tuples, x):
+        with passing(self.blocks, self._tuples, x):
             return self.lane._call(ids, {}, {"use_cache": False}).logits
 
 
@@ -239,7 +247,10 @@ class _Keeping:
         self.base.keys.append(k[0])
         self.base.values.append(v[0])
         self.base._masks.append(mask)
-        return attend.attention_output(q, k, v, mask, 0, given).transpose(1, 2).contiguous()
+        z = attend.attention_output(q, k, v, mask, 0, given).transpose(1, 2).contiguous()
+        if self.base.keep_z:
+            self.base.z.append(z[0])
+        return z
 
 
 class _Replaying:
@@ -289,19 +300,27 @@ class _Replaying:
                 q, k, v, attn_mask=seen, scale=given["scaling"], enable_gqa=group > 1)
             return made.transpose(1, 2).contiguous()
         k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-        scores = q.float() @ k.float().transpose(2, 3) * given["scaling"]
-        if given["softcap"] is not None:
-            scores = torch.tanh(scores / given["softcap"]) * given["softcap"]
-        scores = scores.masked_fill(~seen, float("-inf"))
-        if given["sinks"] is not None:
-            extra = given["sinks"].float().reshape(1, -1, 1, 1).expand(batch, -1, q.shape[2], 1)
-            scores = torch.cat([scores, extra], -1)
-        p = scores.softmax(-1)[..., : k.shape[2]]
+        p = whole_rows(q, k, seen, given)
         if gone is not None:
             p = p.masked_fill(gone.to(p.device), 0.0)
         if self.watch is not None:
             self.watch(layer, p)
         return (p.to(v.dtype) @ v).transpose(1, 2).contiguous()
+
+
+def whole_rows(
+    q: Float[Tensor, "batch head query d_head"], k: Float[Tensor, "batch head key d_head"],
+    seen: Bool[Tensor, "#batch #head query key"], given: dict[str, Any],
+) -> Float[Tensor, "batch head query key"]:
+    """Attention weights with whatever caps the logits or takes a share beside the keys."""
+    scores = q.float() @ k.float().transpose(2, 3) * given["scaling"]
+    if given["softcap"] is not None:
+        scores = torch.tanh(scores / given["softcap"]) * given["softcap"]
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if given["sinks"] is not None:
+        extra = given["sinks"].float().reshape(1, -1, 1, 1).expand(len(q), -1, q.shape[2], 1)
+        scores = torch.cat([scores, extra], -1)
+    return scores.softmax(-1)[..., : k.shape[2]]
 
 
 @contextmanager
@@ -335,80 +354,3 @@ def _reading(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _gather(
-    args: tuple, kwargs: dict[str, Any], x: Tensor, rows: Tensor, length: int
-) -> tuple[tuple, dict[str, Any]]:
-    """What a block was given in the plain run, for these rows, with `x` as its input."""
-    named = dict(kwargs)
-    first = list(args)
-    if "hidden_states" in named:
-        named["hidden_states"] = x
-    else:
-        first[0] = x
-    made = {name: _rows_of(name, value, rows, length) for name, value in named.items()
-            if name != "hidden_states"}
-    if "hidden_states" in named:
-        made["hidden_states"] = x
-    made.update({name: False for name in ("use_cache",) if name in made})
-    made.update({name: None for name in ("past_key_values", "past_key_value", "layer_past")
-                 if name in made})
-    rest = [_rows_of(f"argument {i}", value, rows, length) for i, value in enumerate(first) if i]
-    head = [] if not first else [first[0]]
-    return tuple(head + rest), made
-
-
-def _rows_of(name: str, value: Any, rows: Tensor, length: int) -> Any:
-    """The part of an argument that belongs to these rows."""
-    if isinstance(value, tuple) and value and all(isinstance(v, Tensor) for v in value):
-        return tuple(_rows_of(name, v, rows, length) for v in value)
-    if not isinstance(value, Tensor) or "mask" in name:
-        return value
-    axis = AXES.get(name)
-    if axis is None:
-        found = [i for i, size in enumerate(value.shape) if size == length]
-        if not found:
-            return value
-        if len(found) > 1:
-            raise ModelRefused(
-                f"it is not clear which axis of {name!r} {tuple(value.shape)} counts positions, so "
-                "the model cannot be resumed in the middle; change the prompt's length by one."
-            )
-        axis = found[0] - value.ndim
-    if value.ndim == 1:
-        return value[rows[0]]
-    moved = value.movedim(axis, -1)
-    if moved.shape[-1] != length:
-        return value
-    # The batch is the last axis before the positions' own features: [.., 1, position, ..].
-    picked = moved[..., rows]
-    batch_axis = axis - 1 if value.shape[axis - 1] == 1 else None
-    if batch_axis is None:
-        raise ModelRefused(f"{name!r} has no batch axis before its positions: {tuple(value.shape)}.")
-    order = list(range(value.ndim))
-    position = value.ndim + axis
-    kept = [i for i in order if i != position]
-    squeezed = picked.squeeze(kept.index(position - 1))
-    # Now [others.., batch, row]: bring batch and row to where batch and position were.
-    return squeezed.movedim((-2, -1), (position - 1, position))
-
-
-@contextmanager
-def _passing(blocks: list[Block], tuples: list[bool], x: Tensor) -> Iterator[None]:
-    """Every block hands its input on, and the last one gives `x`."""
-    def through(last: bool, as_tuple: bool) -> Callable:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            out = x if last else hidden_input(args, kwargs)
-            return (out,) if as_tuple else out
-        return forward
-
-    changed: list[nn.Module] = []
-    try:
-        for block, as_tuple in zip(blocks, tuples):
-            block.module.forward = through(block is blocks[-1], as_tuple)
-            changed.append(block.module)
-        yield
-    finally:
-        for module in changed:
-            del module.forward
