@@ -1,23 +1,20 @@
 """Causal sweeps: many interventions, some metrics, matched controls; resumed after a kill.
 
 The cells of a sweep are independent. With a folder, every finished cell is kept there under a
-content key of the model's weights, the prompts, the intervention and the metric: a sweep that was
-killed goes on where it stopped, and one with further cells computes only those.
+content key of the intervention and the metric: a sweep that was killed goes on where it stopped,
+and one with further cells or another metric computes only those. A folder is of one model and one
+set of prompts; several processes may fill it (see `interp.causal.cells`).
 """
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, SupportsIndex, Union
 
 import numpy as np
-import torch
 import xarray as xr
-import xxhash
 from jaxtyping import Float
-from tqdm.auto import tqdm
 
+from interp.causal.cells import Cells, describe, fingerprint, subject
 from interp.causal.controls import most_excludable, random_heads
 from interp.causal.metrics import Metric, key_of
 from interp.core import Head, HeadScores, Prompt, PromptError, Result, ablate
@@ -25,62 +22,13 @@ from interp.core.errors import OutOfRange
 from interp.core.head import HeadLike
 from interp.core.head import heads as as_heads
 from interp.core.intervention import Each, Intervention, Phase
-from interp.core.result import write_atomically
 from interp.core.statistics import Estimate
 from interp.core.statistics import difference as paired_difference
 from interp.models.model import Model
 
+__all__ = ["ablation_sweep", "area", "difference", "effect", "evaluate", "fingerprint", "random_sets"]
+
 CONDITIONS = ("top", "random")
-WHOLE = 1 << 16
-"""Parameters of up to so many values are fingerprinted whole, larger ones by as many of theirs."""
-
-
-def fingerprint(model: Model) -> str:
-    """A content key of a model's weights: equal for equal weights, whatever the name.
-
-    Example:
-        >>> import interp
-        >>> model = interp.open_model("backcopy-1l")
-        >>> fingerprint(model) == fingerprint(interp.open_model("backcopy-1l"))
-        True
-
-    Large matrices enter with `WHOLE` evenly spaced values each.
-    """
-    key = xxhash.xxh3_128()
-    with torch.no_grad():
-        for name, parameter in sorted(model.hf.named_parameters()):
-            flat = parameter.detach().reshape(-1)
-            step = max(1, flat.numel() // WHOLE)
-            key.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-            key.update(flat[::step].float().cpu().numpy().tobytes())
-    return key.hexdigest()
-
-
-@dataclass(frozen=True)
-class Cells:
-    """Finished cells in a folder; without a folder nothing is kept."""
-
-    folder: Optional[Path]
-    about: str
-
-    def _path(self, content: str) -> Path:
-        return self.folder / f"{key_of(self.about, content)}.json"  # type: ignore[operator]
-
-    def get(self, content: str) -> Optional[list[float]]:
-        """The values of a finished cell; a file that cannot be read counts as unfinished."""
-        if self.folder is None:
-            return None
-        try:
-            return [float("nan") if v is None else float(v)
-                    for v in json.loads(self._path(content).read_text())["values"]]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def put(self, content: str, values: np.ndarray) -> None:
-        """Keep a finished cell, atomically."""
-        if self.folder is not None:
-            numbers = [float(v) if np.isfinite(v) else None for v in values]
-            write_atomically(self._path(content), json.dumps({"values": numbers}))
 
 
 def evaluate(
@@ -107,44 +55,28 @@ def evaluate(
 
     Raises:
         PromptError: no prompts, or two metrics of one name.
+        FolderRefused: the folder holds a sweep of another model, version or set of prompts.
     """
     if not prompts:
         raise PromptError("no prompts to run: give at least one.")
     names = [metric.name for metric in metrics]
     if len(set(names)) < len(names) or not names:
         raise PromptError(f"metrics need names of their own, and there must be one: {names}.")
-    about = key_of(fingerprint(model) if folder else "", str(model.dtype), model.lane,
-                   [prompt.digest() for prompt in prompts])
-    cells = Cells(None if folder is None else Path(folder), about)
-    rows: dict[str, list[Any]] = {name: [] for name in names}
-    seen: dict[str, dict[str, Any]] = {}
-    for write in tqdm(writes, disable=not progress, desc=f"sweeping {model.name}"):
-        content = _describe(write)
-        found = seen.setdefault(content, {})
-        outcomes: dict[str, Any] = {}
-        for metric in metrics:
-            if metric.name not in found:
-                mark = key_of(metric.name, metric.shared, content)
-                kept = cells.get(mark)
-                if kept is None:
+    cells = Cells(folder, {} if folder is None else subject(model, prompts))
+    contents = [describe(write) for write in writes]
+    marks = [[key_of(m.name, m.shared, content) for m in metrics] for content in contents]
+
+    def compute(numbers: list[int]) -> None:
+        for number in numbers:
+            outcomes: dict[str, Any] = {}
+            for metric, mark in zip(metrics, marks[number]):
+                if cells.get(mark) is None:
                     if metric.shared not in outcomes:
-                        outcomes[metric.shared] = metric.passes(model, prompts, write)
-                    kept = metric.values(outcomes[metric.shared])
-                    cells.put(mark, np.asarray(kept))
-                found[metric.name] = np.asarray(kept, dtype=float)
-            rows[metric.name].append(found[metric.name])
-    return {name: np.stack(values) for name, values in rows.items()}
+                        outcomes[metric.shared] = metric.passes(model, prompts, writes[number])
+                    cells.put(mark, np.asarray(metric.values(outcomes[metric.shared])))
 
-
-def _describe(write: Any) -> str:
-    """The content of interventions, the same on every machine."""
-    if isinstance(write, Intervention):
-        write = (write,)
-    if isinstance(write, Each):
-        content: Any = [[one.describe() for one in some] for some in write.writes]
-    else:
-        content = [one.describe() for one in write]
-    return json.dumps(content, sort_keys=True)
+    cells.fill(marks, compute, progress=f"sweeping {model.name}" if progress else "")
+    return {name: np.stack([cells.get(row[i]) for row in marks]) for i, name in enumerate(names)}
 
 
 def ablation_sweep(

@@ -3,6 +3,7 @@
 from interp.core.claim import Claim
 from interp.core.errors import (
     ClaimError,
+    FolderRefused,
     ModelNotFound,
     ModelRefused,
     NumericalError,
@@ -13,6 +14,7 @@ from interp.core.errors import (
     SegmentNotFound,
     SiteRefused,
     UndertowError,
+    WorkerDied,
 )
 from interp.core.head import Head
 from interp.core.intervention import (
@@ -34,9 +36,9 @@ from interp.core.segment import Segment
 from interp.core.site import Site
 
 __all__ = [
-    "Claim", "ClaimError", "Each", "Head", "HeadScores", "Intervention", "ModelNotFound",
-    "ModelRefused",
+    "Claim", "ClaimError", "Each", "FolderRefused", "Head", "HeadScores", "Intervention",
+    "ModelNotFound", "ModelRefused",
     "NumericalError", "OutOfRange", "ProcessorMissing", "Prompt", "PromptError", "Result",
     "ResultCorrupted", "Segment", "SegmentNotFound", "Site", "SiteRefused", "UndertowError",
-    "ablate", "block", "each", "edit", "patch", "redistribute", "reweigh", "scale",
+    "WorkerDied", "ablate", "block", "each", "edit", "patch", "redistribute", "reweigh", "scale",
 ]

@@ -54,5 +54,13 @@ class ResultCorrupted(UndertowError, ValueError):
     """A result folder that is incomplete, or was altered after it was written."""
 
 
+class FolderRefused(UndertowError, ValueError):
+    """A folder with the work of another model, of other prompts or of another version."""
+
+
+class WorkerDied(UndertowError, RuntimeError):
+    """Worker processes died, more often than they are started anew; what they finished is kept."""
+
+
 class ClaimError(UndertowError, ValueError):
     """A claim that states more than its evidence allows, or lacks what a verdict needs."""

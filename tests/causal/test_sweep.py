@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import interp
-from interp.causal import sweep
+from interp.causal import cells, sweep
 from interp.causal.ablate import keep_only, mean_output
 from interp.causal.metrics import AnswerAccuracy, AnswerLogProb, TextLoss
-from interp.core.errors import OutOfRange, PromptError
+from interp.core.errors import FolderRefused, OutOfRange, PromptError
 from interp.models.model import Model
 
 NEEDED = "L1H3"
@@ -124,18 +124,20 @@ def test_cells_are_kept_and_a_damaged_one_is_computed_again(model, answers, tmp_
     monkeypatch.setattr(AnswerLogProb, "passes",
                         lambda self, *a: passes.append(1) or honest(self, *a))
     assert np.array_equal(run(), first) and not passes
-    damaged = sorted(tmp_path.glob("*.json"))[0]
+    damaged = sorted(set(tmp_path.glob("*.json")) - {tmp_path / cells.HEADER})[0]
     damaged.write_text(damaged.read_text()[:5])
     assert np.array_equal(run(), first) and len(passes) == 1
-    # Other weights, same name: nothing of it is used.
+    # Other weights, same name: nothing of it is used, and nothing is put beside it.
+    kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with torch.no_grad():
         model.hf.model.norm.weight[0] += 1.0
     try:
-        changed = run()
+        with pytest.raises(FolderRefused, match="'planted' with other weights: choose another"):
+            run()
     finally:
         with torch.no_grad():
             model.hf.model.norm.weight[0] -= 1.0
-    assert len(passes) > 2 and not np.allclose(changed, first)
+    assert kept == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 @pytest.mark.slow
@@ -144,7 +146,7 @@ def test_a_killed_sweep_goes_on_and_equals_an_uninterrupted_one(tmp_path):
         import sys, time
         import numpy as np
         import interp
-        from interp.causal import sweep
+        from interp.causal import cells, sweep
         from interp.causal.metrics import AnswerLogProb
         honest = AnswerLogProb.passes
         def slow(self, *given):
@@ -164,7 +166,7 @@ def test_a_killed_sweep_goes_on_and_equals_an_uninterrupted_one(tmp_path):
 
     killed = start(tmp_path / "a", 0.5)
     deadline = time.monotonic() + 90
-    while len(list((tmp_path / "a").glob("*.json"))) < 2 and time.monotonic() < deadline:
+    while len(list((tmp_path / "a").glob("*.json"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
@@ -172,7 +174,7 @@ def test_a_killed_sweep_goes_on_and_equals_an_uninterrupted_one(tmp_path):
     resumed, whole = start(tmp_path / "a", 0), start(tmp_path / "b", 0)
     assert resumed.communicate()[0] == whole.communicate()[0] != ""
     finished = {p.name for p in (tmp_path / "a").glob("*.json")}
-    assert 2 <= len(kept) < len(finished) and kept < finished
+    assert 3 <= len(kept) < len(finished) and kept < finished
 
 
 def test_what_cannot_be_swept_is_one_sentence(model, answers):
