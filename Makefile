@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup figures report test quick check format clean
+.PHONY: help setup figures report test quick bench check format clean
 
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -37,6 +37,10 @@ test: $(STAMP)  ## the whole test suite
 
 quick: $(STAMP)  ## the tests that take seconds
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow' --jaxtyping-packages=interp,probes,experiments,beartype.beartype
+
+bench: $(STAMP)  ## speed against the peers, side by side (half an hour; needs a quiet machine)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[benchmarks]'
+	$(BIN)/python -m benchmarks && $(BIN)/python -m benchmarks report
 
 check: $(STAMP)  ## lint, layers, spelling
 	$(BIN)/ruff check .
