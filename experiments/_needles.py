@@ -8,9 +8,8 @@ import numpy as np
 from experiments import _texts as texts
 from experiments._paper import Settings, SettingsError
 from interp.causal.metrics import AnswerLogProb, key_of
-from interp.core import Prompt
-from interp.organisms import reader
-from interp.prompts import needle
+from interp.core import Prompt, PromptError
+from interp.organisms import asking, reader
 from interp.prompts.needle import Needle
 
 SHARES = (0.02, 0.1, 0.4)
@@ -42,15 +41,12 @@ def needles(
 
     Raises `SettingsError` for a model that cannot be given text.
     """
-    if texts.knows(model, reader):
-        return needle.synthetic(reader.needle, sizes, depths, rng, each=each)
-    if model.tokenizer is None:
-        raise SettingsError(
-            f"{model.name} has no tokenizer, so no needle can be hidden in a text for it; save one "
-            "beside its weights."
-        )
-    chat = bool(getattr(model.tokenizer, "chat_template", None))
-    return needle.grid(model, sizes, depths, rng, each=each, chat=chat)
+    try:
+        return asking.needles(model, sizes, depths, rng, each)
+    except PromptError as error:
+        if model.tokenizer is None:
+            raise SettingsError(str(error)) from error
+        raise
 
 
 class NeutralLoss(AnswerLogProb):

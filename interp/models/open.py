@@ -1,8 +1,11 @@
 """Opening a model: a bundled name, a folder, or a hub id, all along the same path."""
 
+import contextlib
 import importlib.util
 import os
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -70,10 +73,11 @@ def open_model(
     config = _config(name, where, given)
     cls = _model_class(name, config, trust_remote_code)
     try:
-        hf = cls.from_pretrained(
-            where, config=config, use_safetensors=True, dtype=_dtype(dtype),
-            device_map="auto" if device == "auto" else None, **given,
-        )
+        with _progress_only_on_terminals():
+            hf = cls.from_pretrained(
+                where, config=config, use_safetensors=True, dtype=_dtype(dtype),
+                device_map="auto" if device == "auto" else None, **given,
+            )
     except OSError as error:
         raise ModelRefused(
             f"{name!r} has no readable safetensors weights ({_sentence(error)}). Convert them with "
@@ -85,6 +89,20 @@ def open_model(
     processor = load_processor_for(config, where, tokenizer, given)
     source = {"revision": revision or revision_kept, "local": local}
     return Model(hf, name if not local else Path(name).name, tokenizer, processor, lane, source)
+
+
+@contextlib.contextmanager
+def _progress_only_on_terminals() -> Iterator[None]:
+    """transformers' bars where they can move: not in logs, notebooks and tests."""
+    bars = transformers.utils.logging
+    quiet = not sys.stderr.isatty() and bars.is_progress_bar_enabled()
+    if quiet:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if quiet:
+            bars.enable_progress_bar()
 
 
 def _locate(name: str) -> tuple[str, bool, Optional[str]]:

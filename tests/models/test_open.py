@@ -112,3 +112,12 @@ def test_a_moved_folder_still_opens(saved, tmp_path):
     shutil.copytree(saved, moved)
     shutil.rmtree(saved)
     assert interp.open_model(moved).n_layers == 3
+
+
+def test_no_progress_bar_without_a_terminal_and_the_setting_is_restored(capfd):
+    import transformers
+
+    before = transformers.utils.logging.is_progress_bar_enabled()
+    interp.open_model("backcopy-1l")
+    assert "Loading weights" not in capfd.readouterr().err
+    assert transformers.utils.logging.is_progress_bar_enabled() == before
