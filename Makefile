@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OUT    ?= figures
+SITE   ?= site
 JOBS   ?= $(shell nproc 2>/dev/null || echo 1)
 
 export HF_HUB_OFFLINE ?= 1
@@ -11,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup figures report test quick bench check format clean
+.PHONY: help setup figures report test quick bench check docs format clean
 
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -47,8 +48,11 @@ check: $(STAMP)  ## lint, layers, spelling
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
+docs: $(STAMP)  ## the documentation, in site/; with figures, the gallery too
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir $(SITE)
+
 format: $(STAMP)  ## sort imports and fix what can be fixed
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove what the commands above made
-	rm -rf $(OUT) .pytest_cache .hypothesis .ruff_cache build dist *.egg-info
+	rm -rf $(OUT) $(SITE) .pytest_cache .hypothesis .ruff_cache build dist *.egg-info
