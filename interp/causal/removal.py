@@ -13,7 +13,7 @@ What papers call *removing* tokens at a layer differs, and the results differ wi
 Every result that comes from here says which one it was.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Optional, SupportsIndex, get_args
 
 import numpy as np
@@ -23,10 +23,16 @@ from torch import Tensor
 
 from interp.core import OutOfRange, Prompt, PromptError, SegmentNotFound
 from interp.core.prompt import Where
+from interp.models.last_row import replay_last
 from interp.models.model import Model
+from interp.models.resume import Resumable
+from interp.models.suffix import replay_suffix
 
 How = Literal["drop_keep_ids", "drop_compact_ids", "mask_keys", "replace_mean", "replace_cama"]
 REMOVALS: tuple[str, ...] = get_args(How)
+SPARE = 32
+"""Rows that a pass may run again for nothing, to share it between variants."""
+
 States = Float[np.ndarray, "layer d_model"] | Float[np.ndarray, "layer position d_model"]
 
 
@@ -82,8 +88,10 @@ class Removal:
         asking[list(prompt.positions(queries))] = True
         self.queries, self.queries_name = asking, str(queries)
         self.base = model.resumable(prompt)
-        self.first = self.base.earliest(min(self.places))
-        self.after = [p for p in range(self.first, len(prompt)) if p not in set(self.places)]
+        self.earliest = _reach(self.base, self.places)
+        self.first = self.earliest[min(self.places)]
+        removable = set(self.places)
+        self.after = [p for p in range(len(prompt)) if p not in removable]
 
     @property
     def prefills(self) -> float:
@@ -102,7 +110,8 @@ class Removal:
     ) -> Float[Tensor, "variant vocab"]:
         """The last row with only `kept` of the removable tokens from block `layer` on, per variant.
 
-        Variants that leave equally many tokens share passes.
+        Variants that leave equally many tokens share passes. What precedes the first token that is
+        gone is not run again, and of the last block only the last row is.
         """
         number = int(layer)
         variants = [tuple(sorted({int(p) for p in one})) for one in kept]
@@ -111,39 +120,75 @@ class Removal:
         if outside:
             raise OutOfRange(f"position {outside[0]} is to be kept, but is not removable.")
         found: list[Any] = [None] * len(variants)
-        sizes: dict[int, list[int]] = {}
-        for at, one in enumerate(variants):
-            sizes.setdefault(len(one) if self.how.startswith("drop") else 0, []).append(at)
-        for numbers in sizes.values():
-            for start in range(0, len(numbers), max(1, batch_size)):
-                part = numbers[start : start + max(1, batch_size)]
-                out = self._run(number, [variants[at] for at in part])
-                for at, row in zip(part, out.float().cpu()):
-                    found[at] = row
+        for start, part in self._shared([self._start(one) for one in variants],
+                                        [len(one) for one in variants], max(1, int(batch_size))):
+            out = self._run(number, start, [variants[at] for at in part])
+            for at, row in zip(part, out.float().cpu()):
+                found[at] = row
         return torch.stack(found)
 
-    def _run(self, layer: int, variants: Sequence[tuple[int, ...]]) -> Tensor:
-        context = torch.arange(self.first)
+    def _start(self, kept: tuple[int, ...]) -> int:
+        """The first position that differs from the plain run."""
+        gone = set(self.places).difference(kept)
+        first = self.earliest[min(gone)] if gone else self.length - 1
+        if self.how == "mask_keys" and gone:
+            # Nothing changes before somebody cannot see what is gone.
+            asking = self.queries.nonzero()[:, 0].tolist()
+            first = max(first, min([self.base.earliest(q) for q in asking[:1]], default=first))
+        return min(first, self.length - 1)
+
+    def _shared(
+        self, starts: Sequence[int], sizes: Sequence[int], most: int
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Variants that share a pass, and where it starts: equally long, and of similar starts."""
+        alike: dict[int, list[int]] = {}
+        for at, size in enumerate(sizes):
+            alike.setdefault(size if self.how.startswith("drop") else 0, []).append(at)
+        for numbers in alike.values():
+            numbers.sort(key=lambda at: -starts[at])
+            part: list[int] = []
+            for at in numbers:
+                rows = self.length - starts[at]
+                spare = sum(starts[one] - starts[at] for one in part)
+                if part and (len(part) == most or spare > max(SPARE, rows * (len(part) + 1) // 10)):
+                    yield starts[part[-1]], part
+                    part = []
+                part.append(at)
+            yield starts[part[-1]], part
+
+    def _run(self, layer: int, start: int, variants: Sequence[tuple[int, ...]]) -> Tensor:
+        """The last row of variants that are the plain run before position `start`."""
+        context = torch.arange(start)
         if self.how.startswith("drop"):
-            rows = torch.tensor([sorted((*one, *self.after)) for one in variants])
-            compact = self.first + torch.arange(rows.shape[1]).expand(rows.shape)
+            rows = torch.tensor([[p for p in sorted((*one, *self.after)) if p >= start]
+                                 for one in variants])
+            compact = start + torch.arange(rows.shape[1]).expand(rows.shape)
             positions = compact if self.how == "drop_compact_ids" else None
-            return self.base.replay(layer, rows, context=context, positions=positions)
-        row = torch.arange(self.first, self.length)
+            return replay_suffix(self.base, layer, rows, context=context, positions=positions)
+        row = torch.arange(start, self.length)
         rows = row.expand(len(variants), -1)
-        gone = torch.ones(len(variants), self.length, dtype=torch.bool)
+        gone = torch.zeros(len(variants), self.length, dtype=torch.bool)
+        gone[:, list(self.places)] = True
         for at, one in enumerate(variants):
-            gone[at] = torch.isin(torch.arange(self.length), torch.tensor(self.places))
             gone[at, list(one)] = False
         if self.states is None:
-            cut = gone[:, None, None, :] & self.queries[row][None, None, :, None]
-            cut &= (row[:, None] != torch.arange(self.length))[None, None]
-            return self.base.replay(layer, rows, context=context, blocked=lambda _: cut)
+            cut = gone[:, None, :] & self.queries[row][None, :, None]
+            cut &= row[:, None] != torch.arange(self.length)
+            if len(row) == 1 and self.base.earliest(start) == start:
+                return replay_last(self.base, [layer] * len(cut), blocked=lambda _, some: cut[some])
+            return replay_suffix(self.base, layer, rows, context=context, cut=cut[:, None])
         plain = self.base.hidden[layer][row]
         there = self.states[layer].to(plain)
         there = there.expand(len(row), -1) if there.ndim == 1 else there[row]
         hidden = torch.where(gone[:, row, None].to(plain.device), there, plain)
-        return self.base.replay(layer, rows, context=context, hidden=hidden)
+        return replay_suffix(self.base, layer, rows, context=context, hidden=hidden)
+
+
+def _reach(base: Resumable, places: Sequence[int]) -> dict[int, int]:
+    """The first position that a change at each of these can reach."""
+    masks = {id(seen): seen for seen in map(base.visible, range(base.n_layers))}
+    causal = not any(bool(seen.triu(1).any()) for seen in masks.values())
+    return {p: p if causal else base.earliest(p) for p in places}
 
 
 def removable_tokens(prompt: Prompt, where: Where) -> tuple[int, ...]:

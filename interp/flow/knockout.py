@@ -8,7 +8,7 @@ Cause     the measure is an intervention; random sets of equally many keys are i
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Optional, SupportsFloat, SupportsIndex, Union
+from typing import Optional, SupportsFloat, SupportsIndex, Union
 
 import numpy as np
 import torch
@@ -20,7 +20,9 @@ from torch import Tensor
 from interp.core import OutOfRange, Prompt, PromptError, Result
 from interp.core.prompt import Where
 from interp.figures.style import color, note, style
+from interp.models.last_row import replay_last
 from interp.models.model import Model
+from interp.models.resume import Resumable
 
 
 def window(center: SupportsIndex, width: SupportsIndex, n_layers: SupportsIndex) -> range:
@@ -101,8 +103,7 @@ def measure(
         base[number] = float(full[answer].exp())
         places = [prompt.positions(where) for where in sets.values()]
         rows = prompt.positions(queries)
-        for column, span in enumerate(spans):
-            logits = _cut(resumable, len(prompt), rows, places, span, renormalize)
+        for column, logits in enumerate(_windows(resumable, rows, places, spans, renormalize)):
             p[number, :, column] = logits.log_softmax(-1)[:, answer].exp().double().cpu().numpy()
         chosen.append(answer)
         cost.append(resumable.spent / resumable.prefill + 1)
@@ -127,8 +128,36 @@ def measure(
     })
 
 
+def _windows(
+    resumable: Resumable, queries: tuple[int, ...], places: Sequence[tuple[int, ...]],
+    spans: Sequence[range], renormalize: bool,
+) -> Iterable[torch.Tensor]:
+    """The last row for every set of keys, window by window.
+
+    Where only the last position is a query, that one token goes through the blocks, for all windows
+    and sets in one batch: a window joins at its first block.
+    """
+    length, last = resumable.length, resumable.length - 1
+    if set(queries) != {last} or resumable.earliest(last) != last:
+        for span in spans:
+            yield _cut(resumable, length, queries, places, span, renormalize)
+        return
+    cut = torch.zeros((len(places), 1, length), dtype=torch.bool)
+    for number, keys in enumerate(places):
+        cut[number, 0, list(keys)] = True
+
+    def edges(layer: int, variants: list[int]) -> Optional[torch.Tensor]:
+        inside = torch.tensor([layer in spans[one // len(places)] for one in variants])
+        here = cut[[one % len(places) for one in variants]]
+        return here & inside[:, None, None] if bool(inside.any()) else None
+
+    starts = [span.start for span in spans for _ in places]
+    found = replay_last(resumable, starts, **{"blocked" if renormalize else "zeroed": edges})
+    yield from found.float().split(len(places))
+
+
 def _cut(
-    resumable: Any, length: int, queries: tuple[int, ...], places: Sequence[tuple[int, ...]],
+    resumable: Resumable, length: int, queries: tuple[int, ...], places: Sequence[tuple[int, ...]],
     span: range, renormalize: bool,
 ) -> torch.Tensor:
     """The last row with the edges of one window cut, for every set of keys."""
