@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from interp.causal.cells import Cells, describe, fingerprint, subject
 from interp.causal.controls import most_excludable, random_heads
+from interp.causal.executors import Executor
 from interp.causal.metrics import Metric, key_of
 from interp.core import Head, HeadScores, Prompt, PromptError, Result, ablate
 from interp.core.errors import OutOfRange
@@ -38,13 +39,15 @@ def evaluate(
     writes: Sequence[Union[Intervention, Sequence[Intervention], Each]],
     *,
     folder: Union[str, Path, None] = None,
+    executor: Optional[Executor] = None,
     progress: bool = False,
 ) -> dict[str, Float[np.ndarray, "cell prompt"]]:
     """Every metric under every intervention: the engine of all sweeps.
 
     Example:
         >>> import interp
-        >>> from interp.causal.metrics import AnswerLogProb
+        >>> from interp.causal.executors import Executor
+from interp.causal.metrics import AnswerLogProb
         >>> model = interp.open_model("backcopy-1l")
         >>> prompts = [Prompt.from_tokens(range(3, 12))]
         >>> evaluate(model, prompts, [AnswerLogProb([[5]])], [(), interp.ablate("L0H0")])[
@@ -62,21 +65,64 @@ def evaluate(
     names = [metric.name for metric in metrics]
     if len(set(names)) < len(names) or not names:
         raise PromptError(f"metrics need names of their own, and there must be one: {names}.")
-    cells = Cells(folder, {} if folder is None else subject(model, prompts))
-    contents = [describe(write) for write in writes]
-    marks = [[key_of(m.name, m.shared, content) for m in metrics] for content in contents]
+    work = _Evaluation(model, prompts, metrics, writes, folder)
+    if executor is not None:
+        if folder is None:
+            raise ValueError("an executor needs folder=...: its workers put finished cells there.")
+        executor.run(model, work)
+    numbers = list(range(len(writes)))
+    work.compute(model, numbers, f"sweeping {model.name}" if progress else "")
+    return {name: np.stack([work.values(i, name) for i in numbers]) for name in names}
 
-    def compute(numbers: list[int]) -> None:
-        for number in numbers:
-            outcomes: dict[str, Any] = {}
-            for metric, mark in zip(metrics, marks[number]):
-                if cells.get(mark) is None:
-                    if metric.shared not in outcomes:
-                        outcomes[metric.shared] = metric.passes(model, prompts, writes[number])
-                    cells.put(mark, np.asarray(metric.values(outcomes[metric.shared])))
 
-    cells.fill(marks, compute, progress=f"sweeping {model.name}" if progress else "")
-    return {name: np.stack([cells.get(row[i]) for row in marks]) for i, name in enumerate(names)}
+class _Evaluation:
+    """The cells of `evaluate` by number, as executors divide them; sent without model and values."""
+
+    def __init__(
+        self, model: Model, prompts: Sequence[Prompt], metrics: Sequence[Metric],
+        writes: Sequence[Any], folder: Union[str, Path, None],
+    ) -> None:
+        self.prompts, self.metrics, self.writes = list(prompts), list(metrics), list(writes)
+        self.folder = None if folder is None else Path(folder).absolute()
+        contents = [describe(write) for write in writes]
+        self.marks = [{m.name: key_of(m.name, m.shared, content) for m in metrics}
+                      for content in contents]
+        self._open(model)
+
+    def _open(self, model: Model) -> None:
+        self.cells: Optional[Cells] = Cells(
+            self.folder, {} if self.folder is None else subject(model, self.prompts))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cells": None}
+
+    def missing(self) -> list[int]:
+        """Numbers of the cells that are not finished."""
+        return [i for i, marks in enumerate(self.marks)
+                if any(self.cells.get(mark) is None for mark in marks.values())]
+
+    def compute(self, model: Model, numbers: Sequence[int], progress: str = "") -> None:
+        """Have these cells finished; in a worker the folder is checked against its model first."""
+        if self.cells is None:
+            self._open(model)
+        cells = self.cells
+
+        def passes(chosen: list[int]) -> None:
+            for number in (numbers[i] for i in chosen):
+                outcomes: dict[str, Any] = {}
+                for metric in self.metrics:
+                    mark = self.marks[number][metric.name]
+                    if cells.get(mark) is None:
+                        if metric.shared not in outcomes:
+                            outcomes[metric.shared] = metric.passes(
+                                model, self.prompts, self.writes[number])
+                        cells.put(mark, np.asarray(metric.values(outcomes[metric.shared])))
+
+        cells.fill([tuple(self.marks[i].values()) for i in numbers], passes, progress=progress)
+
+    def values(self, number: int, name: str) -> np.ndarray:
+        """What a metric said in a cell."""
+        return self.cells.get(self.marks[number][name])
 
 
 def ablation_sweep(
@@ -92,13 +138,15 @@ def ablation_sweep(
     exclude: Optional[Iterable[HeadLike]] = None,
     value: Any = None,
     folder: Union[str, Path, None] = None,
+    executor: Optional[Executor] = None,
     progress: bool = False,
 ) -> Result:
     """Ablate the top heads of a ranking, a few, then more, against matched random heads.
 
     Example:
         >>> import interp
-        >>> from interp.causal.metrics import AnswerLogProb
+        >>> from interp.causal.executors import Executor
+from interp.causal.metrics import AnswerLogProb
         >>> model = interp.open_model("backcopy-3l")
         >>> prompts = [Prompt.from_tokens(range(3, 12))]
         >>> found = ablation_sweep(model, prompts, AnswerLogProb([[5]]), ["L0H0", "L2H0"],
@@ -116,6 +164,7 @@ def ablation_sweep(
         exclude: heads that no control may hold. By default the ranking's top, twice the largest
             count, as far as the layers have heads enough.
         folder: where finished cells are kept; None keeps nothing.
+        executor: who computes them; `interp.causal.executors.Jobs(4)` for four workers, say.
 
     Returns:
         Per metric `[condition, seed, count, prompt]` (`sample` for a metric with texts of its own),
@@ -151,7 +200,8 @@ def ablation_sweep(
             sets["top", seed, count] = chosen
             sets["random", seed, count] = drawn[seed]
     writes = [ablate(heads, by, phase, value) if heads else () for heads in sets.values()]
-    values = evaluate(model, prompts, metrics, writes, folder=folder, progress=progress)
+    values = evaluate(model, prompts, metrics, writes, folder=folder, executor=executor,
+                      progress=progress)
     order = list(sets)
     data: dict[str, Any] = {}
     for metric in metrics:
