@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Protocol, SupportsIndex
+from typing import Any, Optional, Protocol, SupportsIndex, runtime_checkable
 
 import torch
 
@@ -27,6 +27,7 @@ DAYS = 7 * 24 * 60
 """Minutes that workers on this machine may take: submitit's own default ends them after a few."""
 
 
+@runtime_checkable
 class Work(Protocol):
     """What can be divided: numbered cells in a folder. It is sent to workers, without the model."""
 
@@ -41,6 +42,7 @@ class Work(Protocol):
         ...
 
 
+@runtime_checkable
 class Executor(Protocol):
     """Has all cells of a work finished."""
 
