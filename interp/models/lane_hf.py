@@ -377,7 +377,9 @@ def probe_ids(hf: nn.Module, length: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(min(config.vocab_size, 5000), generator=generator).tolist()
     ids = [token for token in order if token not in special][:length]
-    return torch.tensor([ids], device=next(hf.parameters()).device)
+    device = next(hf.parameters()).device
+    # A model without weights of its own runs elsewhere; ids are made here.
+    return torch.tensor([ids], device="cpu" if device.type == "meta" else device)
 
 
 def shape_of(blocks: Sequence[Block], hf: nn.Module) -> Shape:

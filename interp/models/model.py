@@ -29,7 +29,7 @@ from interp.stream import residual as residual_statistics
 from interp.stream.per_layer import PerLayer
 
 Prompts = Union[Prompt, str, Iterable[Union[Prompt, str]]]
-LANES = ("hf", "bridge")
+LANES = ("hf", "bridge", "nnsight")
 
 
 class Model:
@@ -51,8 +51,11 @@ class Model:
         processor: Any = None,
         lane: str = "auto",
         source: Optional[Mapping[str, Any]] = None,
+        remote: Optional[Callable[[], Any]] = None,
     ) -> None:
         self.hf, self.name = hf.eval(), name
+        # Makes the lane of a model that runs elsewhere; `hf` then has no weights.
+        self.remote = remote
         self.tokenizer, self.processor = tokenizer, processor
         self.config = hf.config
         self.source = dict(source or {})
@@ -68,7 +71,7 @@ class Model:
             raise ModelRefused(
                 f"there is no lane {lane!r}; choose 'auto', {', '.join(map(repr, LANES))}."
             )
-        first = "hf" if lane == "auto" else lane
+        first = ("nnsight" if remote else "hf") if lane == "auto" else lane
         engine = self._engine(first)
         self.lane = first
         self.shape: Shape = engine.shape
@@ -93,10 +96,22 @@ class Model:
 
     def _engine(self, lane: str) -> Any:
         if lane not in self._lanes:
-            if lane == "hf":
+            if self.remote is not None:
+                if lane != "nnsight":
+                    raise ModelRefused(
+                        f"{self.name} was opened with remote=True, so its weights are not on this "
+                        f"machine: lane {lane!r}, and whatever needs the weights themselves, "
+                        "works only without it."
+                    )
+                self._lanes[lane] = self.remote()
+            elif lane == "hf":
                 from interp.models.lane_hf import LaneHF
 
                 self._lanes[lane] = LaneHF(self.hf)
+            elif lane == "nnsight":
+                from interp.models.lane_nnsight import LaneNNsight
+
+                self._lanes[lane] = LaneNNsight(self.hf, self.name)
             else:
                 from interp.models.lane_bridge import LaneBridge
 
@@ -104,7 +119,7 @@ class Model:
         return self._lanes[lane]
 
     def using(self, lane: str) -> "Model":
-        """The same weights through another lane ("hf" or "bridge"), proven there first."""
+        """The same weights through another lane ("hf", "bridge", "nnsight"), proven there first."""
         if lane not in LANES:
             raise ModelRefused(f"there is no lane {lane!r}; choose {', '.join(map(repr, LANES))}.")
         other = copy.copy(self)
@@ -178,7 +193,7 @@ class Model:
                 proof, "readable" if verb == "read" else "writable"
             ):
                 others.append(lane)
-        untried = [lane for lane in LANES if lane not in self._proofs]
+        untried = [lane for lane in LANES if lane not in self._proofs and self.remote is None]
         refuse(self._proofs[self.lane], name, verb, self.name, self.lane, others, untried)
 
     # -- prompts and weights -------------------------------------------------------------------
@@ -242,7 +257,9 @@ class Model:
         """What a result must say about the model it came from."""
         return {
             "model": self.name, "architecture": self.architecture, "lane": self.lane,
-            "dtype": str(self.dtype).removeprefix("torch."), "device": self.device.type,
+            "remote": self.remote is not None,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": "remote" if self.remote is not None else self.device.type,
             "tokenizer": type(self.tokenizer).__name__ if self.tokenizer is not None else None,
             "n_layers": self.n_layers, "n_heads": self.n_heads, "n_kv_heads": self.n_kv_heads,
             "d_model": self.d_model, "kind": self.kind, "sink_kind": self.sink_kind,

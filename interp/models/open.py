@@ -32,6 +32,7 @@ def open_model(
     dtype: Union[str, torch.dtype, None] = None,
     revision: Optional[str] = None,
     trust_remote_code: bool = False,
+    remote: Union[bool, str] = False,
 ) -> Model:
     """Open a bundled model, a local folder or a model of the hub, and prove its sites.
 
@@ -43,18 +44,21 @@ def open_model(
     Args:
         name_or_path: a bundled name (`python -m interp.organisms list`), a folder with
             `config.json` and safetensors, or a hub id like "meta-llama/Llama-3.1-8B".
-        lane: "hf" (also "auto": the transformers model, streams at any length) or "bridge"
-            (TransformerLens). Both look at one set of weights; see `Model.using`.
+        lane: "hf" (also "auto": the transformers model, streams at any length), "bridge"
+            (TransformerLens) or "nnsight". All look at one set of weights; see `Model.using`.
         device: "cpu", "cuda", ...; "auto" spreads a large model over all devices (accelerate);
             None takes a GPU where there is one.
         dtype: "float32", "bfloat16", ...; None keeps the checkpoint's.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run modeling code that comes with the model. Off unless you ask for it.
+        remote: True runs a hub model on NDIF by nnsight traces, without loading its weights here;
+            an address runs it on another server of that kind.
 
     Raises:
         ModelNotFound: no such bundled name, folder or hub model.
         ModelRefused: found, but not usable: no safetensors, unknown architecture, own attention
             code, needs remote code.
+        RemoteRefused: with `remote`: no key, not reachable, not deployed there, not allowed.
 
     Nothing is installed, and a bundled or local model never touches the network.
     """
@@ -71,6 +75,9 @@ def open_model(
     if local:
         given = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     config = _config(name, where, given)
+    if remote:
+        _check_remote(name, local, lane, device, dtype)
+        return _open_remotely(name, where, config, given, revision, remote)
     cls = _model_class(name, config, trust_remote_code)
     try:
         with _progress_only_on_terminals():
@@ -89,6 +96,34 @@ def open_model(
     processor = load_processor_for(config, where, tokenizer, given)
     source = {"revision": revision or revision_kept, "local": local}
     return Model(hf, name if not local else Path(name).name, tokenizer, processor, lane, source)
+
+
+def _check_remote(name: str, local: bool, lane: str, device: Any, dtype: Any) -> None:
+    if local:
+        raise ModelRefused(
+            f"{name!r} is on this machine, and remote=True runs models of the hub that a server "
+            "has; leave remote out."
+        )
+    if lane not in ("auto", "nnsight"):
+        raise ModelRefused(f"remote=True runs in lane 'nnsight', not {lane!r}; leave lane out.")
+    if device is not None or dtype is not None:
+        raise ModelRefused("with remote=True the server decides on device and dtype; leave them out.")
+
+
+def _open_remotely(
+    name: str, where: str, config: Any, given: dict[str, Any], revision: Optional[str],
+    remote: Union[bool, str],
+) -> Model:
+    """A model whose weights stay on the server: here are its modules, without storage."""
+    from interp.models.lane_remote import LaneRemote, skeleton
+
+    tokenizer = _tokenizer(where, given)
+    processor = load_processor_for(config, where, tokenizer, given)
+    root = skeleton(where, revision, given["trust_remote_code"], tokenizer, processor)
+    host = remote if isinstance(remote, str) else None
+    source = {"revision": revision or "main", "local": False}
+    return Model(root._module, name, tokenizer, processor, "nnsight", source,
+                 lambda: LaneRemote(root, name, host))
 
 
 @contextlib.contextmanager

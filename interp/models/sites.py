@@ -104,10 +104,10 @@ def locate(blocks: list[Block], forward: Callable[[], Any]) -> None:
         for handle in handles:
             handle.remove()
     for block in blocks:
-        _solve(block, seen.get(block.index, []))
+        solve(block, seen.get(block.index, []))
 
 
-def _solve(block: Block, seen: list) -> None:
+def solve(block: Block, seen: list) -> None:
     """Find which recorded values satisfy the equations of a block."""
     whole = next((entry for entry in seen if entry[0] is block.module), None)
     if whole is None or whole[1] is None or whole[2] is None:

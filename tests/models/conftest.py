@@ -1,4 +1,4 @@
-"""Both lanes over one tiny model, and the plain transformers model as an independent reference."""
+"""All lanes over one tiny model, and the plain transformers model as an independent reference."""
 
 import copy
 import functools
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import interp
-from interp.models.model import Model
+from interp.models.model import LANES, Model
 
 IMAGE, START, END = 96, 94, 93
 """Token ids of the tiny models' image placeholder and of Qwen's marks around it."""
@@ -16,12 +16,12 @@ IMAGE, START, END = 96, 94, 93
 
 @pytest.fixture(scope="session")
 def lanes(tiny):
-    """architecture -> {"hf": model, "bridge": model}, opened once."""
+    """architecture -> {"hf": model, "bridge": model, "nnsight": model}, opened once."""
 
     @functools.cache
     def opened(architecture: str) -> dict[str, Model]:
         model = Model(tiny(architecture), f"tiny-{architecture}")
-        return {"hf": model, "bridge": model.using("bridge")}
+        return {lane: model if lane == "hf" else model.using(lane) for lane in LANES}
 
     return opened
 

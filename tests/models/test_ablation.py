@@ -62,7 +62,7 @@ def test_each_kind_replaces_the_output_of_the_named_head_and_of_no_other(opened,
     assert np.linalg.norm(expected) > 0.1 * np.linalg.norm(z(base)[:, 2])
 
 
-@pytest.mark.parametrize("lane", ["hf", "bridge"])
+@pytest.mark.parametrize("lane", ["hf", "bridge", "nnsight"])
 @pytest.mark.parametrize("architecture", DECODERS)
 def test_decode_only_leaves_what_the_prefill_wrote_untouched(opened, architecture, lane):
     model, one = opened(architecture, lane), prompt()
@@ -122,7 +122,7 @@ def test_an_edit_that_changes_nothing_changes_nothing(opened, architecture):
         assert torch.allclose(model.run(one, write=write).logits[0], base.logits[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("lane", ["hf", "bridge"])
+@pytest.mark.parametrize("lane", ["hf", "bridge", "nnsight"])
 def test_rows_of_the_prompt_can_be_written_while_generating(opened, lane):
     model, one = opened("llama", lane), prompt()
     even = np.tril(np.ones((11, 11))) / np.arange(1, 12)[:, None]
@@ -143,7 +143,7 @@ def test_every_prompt_can_have_interventions_of_its_own(opened):
         model.run([one] * 2, write=interp.each(writes))
 
 
-@pytest.mark.parametrize("lane", ["hf", "bridge"])
+@pytest.mark.parametrize("lane", ["hf", "bridge", "nnsight"])
 def test_tokens_that_are_fed_one_by_one_are_read_as_in_one_pass(opened, lane):
     model, long = opened("qwen3", lane), prompt(15)
     short = interp.Prompt.from_tokens(long.ids[:11])

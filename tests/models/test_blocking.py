@@ -12,7 +12,7 @@ DECODERS = ("gpt2", "llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt_oss", 
             "llava", "qwen2_5_vl")
 REFUSED = {("opt", "bridge"), ("qwen2_5_vl", "bridge"), ("bert", "bridge")}
 """Where TransformerLens hands attention to the model and cannot change it."""
-CASES = [(a, lane) for a in (*DECODERS, "bert") for lane in ("hf", "bridge")
+CASES = [(a, lane) for a in (*DECODERS, "bert") for lane in ("hf", "bridge", "nnsight")
          if (a, lane) not in REFUSED]
 QUERY, KEY, LAYER, HEADS = 7, 5, 1, (1, 4)
 """The blocked edge: within the sliding windows of 5, in two heads of different groups."""
@@ -97,14 +97,14 @@ def test_a_lane_that_cannot_block_says_so(lanes, text_prompt, architecture, lane
         assert word in str(refused.value)
 
 
-@pytest.mark.parametrize("lane", ("hf", "bridge"))
+@pytest.mark.parametrize("lane", ("hf", "bridge", "nnsight"))
 @pytest.mark.parametrize("architecture", ("llama", "mistral", "gpt_oss"))
 def test_blocking_every_key_of_a_query_is_refused(lanes, text_prompt, architecture, lane):
     with pytest.raises(SiteRefused, match=r"position 3 \(head 0\) without any key"):
         lanes(architecture)[lane].run(text_prompt(0, 11), write=interp.block([3], "all"))
 
 
-@pytest.mark.parametrize("lane", ("hf", "bridge"))
+@pytest.mark.parametrize("lane", ("hf", "bridge", "nnsight"))
 def test_prompts_of_one_batch_are_blocked_each_in_its_own_places(lanes, text_prompt, lane):
     model = lanes("gemma2")[lane]
     prompts = [text_prompt(2, 11).with_segments(needle=(2, 4)),
@@ -135,7 +135,7 @@ def generated(hf, prompt):
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("lane", ("hf", "bridge"))
+@pytest.mark.parametrize("lane", ("hf", "bridge", "nnsight"))
 @pytest.mark.parametrize("architecture", DECODERS)
 def test_greedy_tokens_are_those_of_transformers(lanes, text_prompt, architecture, lane):
     model = lanes(architecture)[lane]
@@ -145,7 +145,7 @@ def test_greedy_tokens_are_those_of_transformers(lanes, text_prompt, architectur
     assert run.new_tokens == [generated(hf, prompt) for prompt in prompts]
 
 
-@pytest.mark.parametrize("lane", ("hf", "bridge"))
+@pytest.mark.parametrize("lane", ("hf", "bridge", "nnsight"))
 @pytest.mark.parametrize("architecture", ("llava", "qwen2_5_vl"))
 def test_greedy_tokens_after_a_picture(lanes, image_prompt, text_prompt, architecture, lane):
     """Also that a picture leaves nothing behind for the text that is run after it."""
@@ -208,7 +208,7 @@ def compare(model, prompt, while_generating, at_once):
     return once.logits[0]
 
 
-@pytest.mark.parametrize("lane", ("hf", "bridge"))
+@pytest.mark.parametrize("lane", ("hf", "bridge", "nnsight"))
 @pytest.mark.parametrize("architecture", DECODERS)
 def test_a_cache_changes_nothing(lanes, text_prompt, architecture, lane):
     model, prompt = lanes(architecture)[lane], text_prompt(8, 11)
@@ -220,7 +220,7 @@ def test_a_cache_changes_nothing(lanes, text_prompt, architecture, lane):
             compare(model, prompt, steps, once)
 
 
-@pytest.mark.parametrize("lane", ("hf", "bridge"))
+@pytest.mark.parametrize("lane", ("hf", "bridge", "nnsight"))
 @pytest.mark.parametrize("architecture", ("llama", "gemma2", "gpt_oss"))
 def test_phases_act_in_their_own_passes(lanes, text_prompt, architecture, lane):
     model, prompt = lanes(architecture)[lane], text_prompt(9, 11)

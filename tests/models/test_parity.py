@@ -1,4 +1,4 @@
-"""One model, three ways to run it: transformers itself, lane "hf" and lane "bridge" must agree."""
+"""One model, four ways to run it: transformers itself and all three lanes must agree."""
 
 import copy
 
@@ -14,7 +14,8 @@ from interp.models.model import Model
 TEXT = ("gpt2", "llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt_oss", "gpt_neox", "opt",
         "bert")
 IMAGE = ("llava", "qwen2_5_vl")
-LANES = ("hf", "bridge")
+LANES = ("hf", "bridge", "nnsight")
+OTHERS = LANES[1:]
 READ = ("resid_pre", "resid_post", "pattern")
 TOLERANCE = 1e-4
 
@@ -65,29 +66,32 @@ def test_the_picture_matters(plain, image_prompt, architecture):
     assert np.abs(a - b).max() > 0.05 * a.std()
 
 
+@pytest.mark.parametrize("lane", OTHERS)
 @pytest.mark.parametrize("architecture", TEXT + IMAGE)
-def test_both_lanes_hold_the_same_at_every_site(lanes, text_prompt, architecture):
-    hf, bridge = lanes(architecture)["hf"], lanes(architecture)["bridge"]
-    shared = [name for name in NAMES if name in hf.sites() and name in bridge.sites()]
-    # Whatever TransformerLens cannot show, these are always there.
+def test_all_lanes_hold_the_same_at_every_site(lanes, text_prompt, architecture, lane):
+    hf, other = lanes(architecture)["hf"], lanes(architecture)[lane]
+    shared = [name for name in NAMES if name in hf.sites() and name in other.sites()]
+    # Whatever TransformerLens cannot show, these are always there; nnsight shows everything.
     assert {"resid_pre", "resid_post", "attn_out", "mlp_in", "mlp_out", "v", "z",
             "pattern"} <= set(shared)
+    assert lane != "nnsight" or set(shared) == set(hf.sites())
     prompt = text_prompt(3, 13)
-    a, b = (model.run(prompt, read=shared).reads for model in (hf, bridge))
+    a, b = (model.run(prompt, read=shared).reads for model in (hf, other))
     for name in shared:
         assert a[name].dims == b[name].dims
         same(b[name], a[name], name)
 
 
 @pytest.mark.parametrize("architecture", TEXT + IMAGE)
-def test_both_lanes_count_the_same_statistics(lanes, text_prompt, architecture):
+def test_all_lanes_count_the_same_statistics(lanes, text_prompt, architecture):
     prompt = text_prompt(4, 13).with_segments(needle=(2, 6))
     names = ["received", "entropy", "distance", "segments", "row_deficit"]
-    a, b = (lanes(architecture)[lane].run(prompt, stats=names).stats for lane in LANES)
-    for name in names:
-        assert a[name].dims == b[name].dims
-        # Rows without learned sinks lack nothing, so there is no largest value to compare with.
-        np.testing.assert_allclose(b[name], a[name], rtol=TOLERANCE, atol=1e-5)
+    a, *others = (lanes(architecture)[lane].run(prompt, stats=names).stats for lane in LANES)
+    for b in others:
+        for name in names:
+            assert a[name].dims == b[name].dims
+            # Rows without learned sinks lack nothing: there is no largest value to compare with.
+            np.testing.assert_allclose(b[name], a[name], rtol=TOLERANCE, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ("llama", "gemma2", "gpt_oss"))
@@ -102,15 +106,16 @@ def test_key_value_heads_are_counted_once(lanes, text_prompt, architecture):
         assert reads["q"].shape == (1, 3, 7, 6, 8) and reads["k"].shape == (1, 3, 7, 2, 8)
 
 
+@pytest.mark.parametrize("lane", OTHERS)
 @pytest.mark.parametrize("architecture", TEXT + IMAGE)
-def test_writes_do_the_same_in_both_lanes(lanes, text_prompt, architecture):
+def test_writes_do_the_same_in_all_lanes(lanes, text_prompt, architecture, lane):
     """Every site that both lanes write: the same value, the same logits."""
-    hf, bridge = lanes(architecture)["hf"], lanes(architecture)["bridge"]
+    hf, other = lanes(architecture)["hf"], lanes(architecture)[lane]
     prompt = text_prompt(6, 9)
     untouched = hf.run(prompt).logits[0]
     rng = np.random.default_rng(7)
     written = [name for name in NAMES if name in hf.sites("write") and name in
-               bridge.sites("write") and name not in ("scores", "pattern")]
+               other.sites("write") and name not in ("scores", "pattern")]
     assert {"resid_pre", "resid_post", "attn_out", "mlp_out", "v", "z"} <= set(written)
     reads = hf.run(prompt, read=written).reads
     for name in written:
@@ -118,13 +123,13 @@ def test_writes_do_the_same_in_both_lanes(lanes, text_prompt, architecture):
         held = reads[name].values[0, ...] if name == "embed" else reads[name].values[0, 1]
         value = (np.abs(held).mean() * rng.standard_normal(held.shape[1:])).astype(np.float32)
         edit = interp.edit(site, "add", value, positions=[4, 6])
-        a, b = hf.run(prompt, write=edit).logits[0], bridge.run(prompt, write=edit).logits[0]
+        a, b = hf.run(prompt, write=edit).logits[0], other.run(prompt, write=edit).logits[0]
         same(b, a, name)
         assert (a - untouched).abs().max() > 1e-3 * untouched.std()
 
 
 @pytest.mark.parametrize("architecture", ("gpt2", "llama", "gemma2", "gpt_oss", "llava"))
-def test_edits_of_attention_do_the_same_in_both_lanes(lanes, text_prompt, architecture):
+def test_edits_of_attention_do_the_same_in_all_lanes(lanes, text_prompt, architecture):
     prompt = text_prompt(8, 9).with_segments(image=(1, 4))
     rng = np.random.default_rng(9)
     edits = {
@@ -141,13 +146,15 @@ def test_edits_of_attention_do_the_same_in_both_lanes(lanes, text_prompt, archit
     }
     for name, edit in edits.items():
         reads = ["resid_post", "resid_mid", "attn_out", "pattern", "z", "scores"]
-        a, b = (lanes(architecture)[lane].run(prompt, read=reads, write=edit) for lane in LANES)
-        same(b.logits[0], a.logits[0], name)
-        for site in reads:
-            same(b.reads[site], a.reads[site], f"{site} after {name}")
+        a, *others = (lanes(architecture)[lane].run(prompt, read=reads, write=edit)
+                      for lane in LANES)
+        for b in others:
+            same(b.logits[0], a.logits[0], name)
+            for site in reads:
+                same(b.reads[site], a.reads[site], f"{site} after {name}")
 
 
-def test_a_place_that_an_architecture_lacks_is_refused_in_both_lanes(lanes, text_prompt):
+def test_a_place_that_an_architecture_lacks_is_refused_in_all_lanes(lanes, text_prompt):
     for lane, model in lanes("gpt_neox").items():
         with pytest.raises(SiteRefused, match=f"'resid_mid' on tiny-gpt_neox in lane '{lane}'.*"
                                               "nothing lies between"):
@@ -158,6 +165,8 @@ def test_a_place_that_an_architecture_lacks_is_refused_in_both_lanes(lanes, text
 def test_narrow_types_agree_within_their_precision(tiny, text_prompt, dtype):
     model = Model(copy.deepcopy(tiny("llama")).to(dtype), "narrow")
     prompt = text_prompt(10, 9)
-    a, b = (one.run(prompt).logits[0] for one in (model, model.using("bridge")))
-    assert (a - b).square().mean().sqrt() < 3e-2 * a.std()
-    assert set(model.using("bridge").sites()) == set(model.sites())
+    a = model.run(prompt).logits[0]
+    for other in map(model.using, OTHERS):
+        b = other.run(prompt).logits[0]
+        assert (a - b).square().mean().sqrt() < 3e-2 * a.std()
+        assert set(other.sites()) == set(model.sites())
