@@ -102,11 +102,15 @@ class Output:
         result.save(self._partial / DATA / name)
         self._data.append(name)
 
-    def table(self, name: str, table: pd.DataFrame) -> None:
-        """Keep a table as `tables/NAME.parquet`."""
+    def table(self, name: str, table: pd.DataFrame, text: bool = False) -> None:
+        """Keep a table as `tables/NAME.parquet`; with `text` as `.csv` and `.json` (rows) too."""
         self._new(name, self._tables, "table")
         (self._partial / TABLES).mkdir(exist_ok=True)
-        table.to_parquet(self._partial / TABLES / f"{name}.parquet")
+        stem = self._partial / TABLES / name
+        table.to_parquet(stem.with_name(f"{name}.parquet"))
+        if text:
+            table.to_csv(stem.with_name(f"{name}.csv"), index=False)
+            table.to_json(stem.with_name(f"{name}.json"), orient="records", indent=1)
         self._tables.append(name)
 
     def wants(self, name: str) -> bool:
