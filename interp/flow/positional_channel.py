@@ -22,9 +22,10 @@ from torch import Tensor
 from interp.core import OutOfRange, Prompt, PromptError, Result
 from interp.figures import layer_curve
 from interp.models import attention as attend
+from interp.models.block_calls import block_arguments
 from interp.models.lane_hf import no_earlier_picture
 from interp.models.model import Model
-from interp.models.resume import Resumable, _gather
+from interp.models.resume import Resumable
 from interp.models.sites import first_tensor
 
 States = Union[Float[np.ndarray, "layer position d_model"], Float[Tensor, "layer position d_model"]]
@@ -158,7 +159,7 @@ def scaled_logits(
                 scaled = base.hidden[layer].clone()
                 scaled[last] = x[0, 0]
                 scaled[:, number] *= float(factor)
-                args, kwargs = _gather(*given, scaled[None], every, base.length)
+                args, kwargs = block_arguments(*given, scaled[None], every, base.length)
                 reading.capturing = True
                 try:
                     block.module(*args, **kwargs)
@@ -166,7 +167,7 @@ def scaled_logits(
                     pass
                 finally:
                     reading.capturing = False
-            args, kwargs = _gather(*given, x, row, base.length)
+            args, kwargs = block_arguments(*given, x, row, base.length)
             x = first_tensor(block.module(*args, **kwargs)).reshape(x.shape)
         return base._tail(x)[0, -1].float()
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from interp.core import Prompt
 from interp.core.errors import ModelRefused, OutOfRange, PromptError, SiteRefused
 from interp.core.prompt import Where
+from interp.models.block_calls import passing
 from interp.models.lane_hf import no_earlier_picture
 from interp.models.model import Model
-from interp.models.resume import Resumable, _passing
+from interp.models.resume import Resumable
 from interp.models.sites import first_tensor, hidden_input
 
 
@@ -193,7 +194,7 @@ class Readout:
         # One position each: many rows are no long text, of which a model may read only so much.
         x = rows.to(weight)[:, None]
         ids = torch.zeros(x.shape[:2], dtype=torch.long, device=weight.device)
-        with (no_earlier_picture(self.lane.hf), _passing(self.lane.blocks, self._tuples, x),
+        with (no_earlier_picture(self.lane.hf), passing(self.lane.blocks, self._tuples, x),
               frozen_weights(self.lane.hf)):
             return self.lane._call(ids, {}, {"use_cache": False}).logits[:, 0].float().to(rows.device)
 

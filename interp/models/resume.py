@@ -34,8 +34,6 @@ Blocked = Callable[[int], Optional[Bool[Tensor, "batch #head query key"]]]
 Watch = Callable[[int, Float[Tensor, "batch head query key"]], None]
 """Called with a layer and the weights of its attention."""
 
-_gather = block_arguments
-
 
 class Resumable:
     """A prompt that was run once and can be resumed at any block; made by `Model.resumable`.
@@ -45,8 +43,8 @@ class Resumable:
         spent: token-layers executed since (one token through one block), to report costs in units
             of `prefill`, the token-layers of the plain run.
         hidden: what enters every block `[position, d_model]`; keys, values `[kv_head, position,
-            d_head]`, final `[position, d_model]`: what leaves the last block; with `keep_z` also z
-            `[position, head, d_head]` of every block.
+            d_head]`. With `keep_z` also z `[position, head, d_head]` of every block, and the last
+            row of logits alone.
     """
 
     def __init__(
@@ -91,7 +89,9 @@ class Resumable:
                 stack.enter_context(attend.session(self.lane.attentions, _Keeping(self)))
                 stack.enter_context(no_earlier_picture(self.hf))
                 inputs = self.lane._inputs([prompt])
-                out = self.lane._call(ids, inputs, {"use_cache": False})
+                # Variants read the last row: the others are not unembedded.
+                more = {"logits_to_keep": 1} if self.keep_z else {}
+                out = self.lane._call(ids, inputs, {"use_cache": False, **more})
         finally:
             for handle in handles:
                 handle.remove()
@@ -110,7 +110,6 @@ class Resumable:
             raise ModelRefused(
                 f"{type(self.hf).__name__} has no vocabulary head: nothing to resume towards."
             )
-        self.final = outputs[-1].reshape(self.length, -1)
         return out.logits[0].detach()
 
     def _prove(self, tolerance: float) -> None:
