@@ -9,7 +9,7 @@ import torch
 
 from experiments._ground_truth_beds import Bed, batched, first_token, ordinary
 from experiments._ground_truth_table import Look
-from interp.core import ModelRefused, Prompt, Result
+from interp.core import ModelRefused, Prompt
 from interp.heads import image_centric, memory_context, retrieval
 from interp.models.model import Model
 from interp.organisms.plant_head import CodeBook, PlantedHead, circle
@@ -131,7 +131,8 @@ def retrieval_places(
         same = (carried[:, :, None] == carried[:, None]) & (carried[:, None] >= 0) & seen
         decoy = book.head(aside, other, {"input_ids": ids}, has, has, same)
         model = bed.open(hf)
-        planted.write and planted.write.set(model.hf, 1.0)
+        assert planted.write is not None
+        planted.write.set(model.hf, 1.0)
         yield RetrievalPlace(model, planted, decoy, made, tuple(needle))
 
 
@@ -270,15 +271,17 @@ def conflict_places(
 ) -> Iterator[ConflictPlace]:
     """Random models, in which both heads and the decoy sit in layers of their own where possible."""
     for _ in range(count):
-        book = CodeBook(bed.text(rng, n_layers, width=48, spread=1.0), axes=12)
+        book = CodeBook(bed.text(rng, n_layers, width=48, spread=1.0), axes=4 * SUBJECTS + 4)
         hf = book.model
         words = [int(t) for t in rng.choice(ordinary(hf), 3 * SUBJECTS, replace=False)]
         subjects, learned, stated = (words[i * SUBJECTS : (i + 1) * SUBJECTS] for i in range(3))
         one, who_flag, what_flag = book.flag(), book.flag(subjects), book.flag(stated)
-        who, what = book.code(circle(subjects)), book.code(circle(stated))
-        recalled, copied, junk = book.axes(2), book.axes(2), book.axes(1)
-        book.read_out(recalled, circle(learned), 1.0)
-        book.read_out(copied, circle(stated), 1.0)
+        # A coordinate for every answer: what speaks for one says nothing about the others.
+        who, what = (sum((book.flag([token]) for token in some), ()) for some in (subjects, stated))
+        recalled, copied, junk = book.axes(SUBJECTS), book.axes(SUBJECTS), book.axes(1)
+        for axes, answers in ((recalled, learned), (copied, stated)):
+            for axis, token in zip(axes, answers):
+                book.read_out((axis,), {token: 0.0}, 1.0)
         made = list(_conflicts(hf, rng, cases, subjects, learned, stated, words))
         ids = torch.tensor([c.clean.ids for c in made])
         n = ids.shape[1]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from experiments._ground_truth_beds import Bed, batched, first_token, ordinary
-from experiments._ground_truth_table import Family, Look, Method
+from experiments._ground_truth_table import Look
 from interp.core import ModelRefused, Prompt
 from interp.models.model import Model
 from interp.organisms.dial import Dial, write_dial
@@ -21,6 +21,7 @@ from interp.organisms.plant import (
     secondary_sink,
     visual_sink,
 )
+from interp.organisms.surgery import image_token
 from interp.sinks import secondary, visual
 
 ATTRACT = 3.0
@@ -192,7 +193,8 @@ class VisualPlace:
         for number, fires in enumerate(self.truth):
             # phi is of what enters a layer.
             rows = [places.index(p) for p in fires]
-            truth[np.ix_([number], rows, [x + 1 for x in self.planted.layers if x + 1 < n_layers])] = True
+            layers = [layer + 1 for layer in self.planted.layers if layer + 1 < n_layers]
+            truth[np.ix_([number], rows, layers)] = True
         states = self.model.run(self.prompts, read="resid_pre", logits="none").reads["resid_pre"]
         norm = np.linalg.norm(states.values[:, :, list(places)], axis=-1).transpose(0, 2, 1)
         reported, received = np.zeros(truth.shape), np.ones(truth.shape)
@@ -225,13 +227,15 @@ def visual_places(
         ids = rng.choice(words, (4, 24))
         width = text.hidden_size
         size = _typical(hf, ids, stop - 1)
-        dims = rng.choice(bed_width(bed, width), 5, replace=False).tolist()
+        dims = rng.choice(first_width(bed, width), 5, replace=False).tolist()
         base = with_primary(hf, 0, stop, 3 * size, rng, dims=dims[:2])
         layer = int(rng.integers(1, max(2, stop // 2)))
         calibration = batched(bed.pictures(hf, rng, 4))
         directions = [torch.from_numpy(rng.standard_normal(
             hf.config.vision_config.hidden_size)).float() for _ in range(2)]
-        size = _typical(_hf(base), ids, layer)
+        places = image_places_of(calibration, hf)
+        states = residuals(_hf(base), calibration)[:, layer, places]
+        size = float(states.norm(dim=-1).median())
         decoy = visual_sink(base, calibration, layer, DECOY * size, stop, dims=dims[2:], share=0.15,
                             feature_direction=directions[1])
         planted = visual_sink(decoy, calibration, layer, LARGEST * size, stop, share=0.15,
@@ -250,6 +254,11 @@ def visual_places(
             [Prompt.from_tokens(row.tolist()) for row in texts], truth)
 
 
-def bed_width(bed: Bed, width: int) -> int:
+def image_places_of(inputs: dict[str, torch.Tensor], hf: Any) -> list[int]:
+    """Where the image is, in prompts that have it at one place."""
+    return (inputs["input_ids"][0] == image_token(hf)).nonzero().flatten().tolist()
+
+
+def first_width(bed: Bed, width: int) -> int:
     """Coordinates that massive values may use: those that were there before room was made."""
     return width if bed.base is None else int(bed.base.d_model)

@@ -163,11 +163,11 @@ class CodeBook:
         return axis, scores > threshold
 
     def read_out(self, axes: Axes, angles: dict[int, float], gain: SupportsFloat) -> None:
-        """Let the unembedding of tokens read a code, with weights of that size."""
+        """Let the unembedding of tokens read a code (or a flag), with weights of that size."""
         head: Any = self.model.get_output_embeddings()
         with torch.no_grad():
             for token, angle in angles.items():
-                head.weight[int(token), list(axes)] = float(gain) * _point(angle)
+                head.weight[int(token), list(axes)] = float(gain) * _point(angle)[: len(axes)]
 
     def head(
         self,

@@ -1,0 +1,98 @@
+"""Recall against strength, a panel per family, and the table of all detectors."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments._ground_truth_table import FAILS, Family, recalls
+from interp.figures.style import CYCLE, PAGE, canvas, color
+
+MARKERS = ("s", "^", "x")
+
+
+def draw_recall(
+    families: Sequence[Family], rows: Mapping[str, pd.DataFrame], table: pd.DataFrame,
+    strengths: Mapping[str, Sequence[float]],
+) -> Figure:
+    """One panel per family: the detector in color, alternatives in gray, with markers of their own."""
+    columns = min(3, len(families))
+    lines = -(-len(families) // columns)
+    figure, axes = canvas(lines, columns, width=PAGE, height=2.35 * lines, squeeze=False)
+    for ax, family in zip(axes.flat, families):
+        others = iter(MARKERS)
+        packaged = iter((CYCLE[0], CYCLE[2]))
+        for method in family.methods:
+            mean = recalls(rows[family.key], method.name).mean(0)
+            at = strengths[family.key]
+            if method.detector:
+                ax.plot(at, mean, "-o", color=next(packaged), label=method.name, zorder=3)
+            else:
+                ax.plot(at, mean, linestyle="-", marker=next(others), color=color("control"),
+                        linewidth=0.9, label=method.name)
+        line = table[(table["family"] == family.key)
+                     & (table["method"] == family.detector.name)].iloc[0]
+        if np.isfinite([line["fails_low"], line["fails_high"]]).all():
+            ax.axvspan(max(line["fails_low"], at[0] / 2), min(line["fails_high"], at[-1] * 2),
+                       color=CYCLE[0], alpha=0.12, linewidth=0)
+        ax.axvline(line["fails_at"], color=CYCLE[0], linewidth=0.8, linestyle="--")
+        ax.axhline(FAILS, color=color("control"), linewidth=0.6, linestyle=":")
+        ax.set_xscale("log", base=2)
+        ax.set(ylim=(-0.05, 1.45), xlim=(at[0] / 2.3, at[-1] * 2.3), title=family.title,
+               xlabel=family.strength)
+        ax.set_yticks(np.linspace(0, 1, 6))
+        shown = list(at)[:: max(1, len(at) // 4)]
+        ax.set_xticks(shown, [f"{x:g}" for x in shown])
+        ax.minorticks_off()
+        ax.legend(loc="upper left", fontsize=6, framealpha=0.9)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("recall")
+    for ax in list(axes.flat)[len(families):]:
+        ax.set_axis_off()
+    return figure
+
+
+HEADS = ("method", "recall", "precision", "layer\nerror", "wrong\nhead", "false in\ntwins",
+         "false in\ndecoys", "fails below")
+AT = (0.0, 0.36, 0.445, 0.53, 0.60, 0.68, 0.77, 0.84)
+
+
+def draw_table(families: Sequence[Family], table: pd.DataFrame) -> Figure:
+    """The table as a page; detectors bold, what cannot be counted as a dash."""
+    n = len(table) + len(families) + 2
+    figure, ax = canvas(width=PAGE, height=0.185 * n)
+    ax.set_axis_off()
+    ax.set(xlim=(0, 1), ylim=(n, 0))
+    for x, word in zip(AT, HEADS):
+        ax.text(x, 1.2, word, va="bottom", fontsize=7, weight="bold", linespacing=0.95)
+    ax.plot([0, 1], [1.45, 1.45], color="black", linewidth=0.7)
+    y = 2.0
+    for family in families:
+        ax.text(0, y, family.title, va="center", fontsize=7.5, style="italic")
+        ax.text(AT[-1], y, family.strength, va="center", fontsize=6, color=color("control"))
+        y += 1
+        for _, line in table[table["family"] == family.key].iterrows():
+            weight = "bold" if line["kind"] == "detector" else "normal"
+            cells = [line["method"], *(_number(line[name]) for name in (
+                "recall", "precision", "layer_error", "head_error", "false_in_twins",
+                "false_in_decoys")), _fails(line, family)]
+            for x, text in zip(AT, cells):
+                ax.text(x + (0.012 if x == 0 else 0), y, text, va="center", fontsize=7, weight=weight)
+            y += 1
+    return figure
+
+
+def _number(value: Any) -> str:
+    return "–" if not np.isfinite(value) else f"{value:.2f}"
+
+
+def _fails(line: Any, family: Family) -> str:
+    at, low, high = (float(line[name]) for name in ("fails_at", "fails_low", "fails_high"))
+    if at >= 2 * family.strengths[-1]:
+        return f"fails at all (> {family.strengths[-1]:g})"
+    text = f"{at:.2g}" if at > family.strengths[0] / 2 else f"none (< {family.strengths[0]:g})"
+    if not np.isfinite([low, high]).all() or at <= family.strengths[0] / 2:
+        return text
+    return f"{text} [{low:.2g}, {high:.2g}]"
