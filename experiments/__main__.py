@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments._outcome import Outcome, find, slug
-from experiments._output import execute, tidy
+from experiments._output import execute, finished, tidy
 from experiments._paper import Experiment, Settings, SettingsError, check_names, load, names
 from interp.core import UndertowError
 from interp.core.result import write_atomically
@@ -92,6 +92,9 @@ def run(
     dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16.")] = None,
     jobs: Annotated[int, typer.Option(
         min=1, help="Experiments that run at a time, each in a process of its own.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after an interruption: leave out "
+                                         "what OUT holds, whole, of the same settings and "
+                                         "code.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Run experiments: draw the figures, save the data, and compute the verdict of every claim."""
@@ -104,7 +107,13 @@ def run(
         _fail(error, debug)
         raise typer.Exit(2) from None
     failed = [name for name, experiment in chosen.items() if experiment is None]
+    order = list(chosen)
     done: list[Outcome] = []
+    if resume:
+        done = [found for name in order if (found := finished(name, settings)) is not None]
+        for outcome in done:
+            typer.echo(f"{outcome.key}: finished before, left as it is", err=True)
+            del chosen[outcome.key]
     if jobs > 1 and len(chosen) > 1:
         wanted = [name for name, experiment in chosen.items() if experiment is not None]
         options = ["--out", str(settings.out), "--seed", str(seed)]
@@ -119,7 +128,7 @@ def run(
                 failed.append(name)
             else:
                 done.append(outcome)
-        chosen, done = {}, sorted(done, key=lambda outcome: wanted.index(outcome.key))
+        chosen = {}
     for i, (name, experiment) in enumerate(chosen.items(), 1):
         if experiment is None:
             continue
@@ -133,7 +142,7 @@ def run(
         except Exception as error:
             _fail(error, debug, name)
             failed.append(name)
-    _show(done, settings.out)
+    _show(sorted(done, key=lambda outcome: order.index(outcome.key)), settings.out)
     if failed:
         typer.echo(f"Failed: {', '.join(failed)}.", err=True)
         raise typer.Exit(1)

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 import interp.core
 from experiments._outcome import CACHE, CLAIMS, DATA, FORMAT, MANIFEST, TABLES, Outcome, checksum
 from experiments._paper import NAME, Experiment, Paper, Settings
-from interp.core import Claim, Prompt, Result, ResultCorrupted
+from interp.core import Claim, Prompt, Result, ResultCorrupted, UndertowError
 from interp.core.intervention import Intervention
 from interp.core.result import environment, write_atomically
 from interp.figures import report
@@ -216,7 +216,8 @@ class Output:
             "prompts": self._prompts,
             "seed": self.settings.seed,
             # Where it was written says nothing about the result, but may name a person.
-            "settings": self.settings.model_dump(mode="json", exclude={"out"}),
+            "settings": _asked(self.settings),
+            "code": _code(),
             "figures": self._figures,
             "data": self._data,
             "tables": self._tables,
@@ -235,6 +236,20 @@ def execute(experiment: Experiment, settings: Settings) -> Outcome:
     with Output(experiment.paper, settings) as out:
         experiment.run(settings, out)
     return Outcome.load(out.folder)
+
+
+def finished(key: str, settings: Settings) -> Optional[Outcome]:
+    """What a run with the same settings and the same code has left, whole; None otherwise."""
+    try:
+        found = Outcome.load(settings.out / key)
+    except (UndertowError, OSError, KeyError, TypeError):
+        return None
+    said = found.manifest.get("settings"), found.manifest.get("code")
+    return found if said == (_asked(settings), _code()) else None
+
+
+def _asked(settings: Settings) -> dict[str, Any]:
+    return settings.model_dump(mode="json", exclude={"out"})
 
 
 def tidy(out: Path) -> None:

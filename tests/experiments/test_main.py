@@ -1,7 +1,12 @@
 """The command line: what it prints, where it writes, and how it fails."""
 
+import os
 import re
+import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -106,6 +111,50 @@ def test_results_of_other_processes_are_shown_in_the_order_asked_for(
     for words in asked:
         assert words[0] == "run" and {"--tiny", "3", str(tmp_path / "two")} <= set(words)
         assert "--jobs" not in words
+
+
+def test_a_killed_run_of_several_goes_on_with_resume(lab, call, tmp_path):
+    """A real process is killed in its second experiment; the first is then not run again."""
+    out, marks = tmp_path / "out", tmp_path / "marks"
+    for name in ("alpha", "beta", "gamma"):
+        lab.add(name, **{"    rng = settings.rng()": f"""    import os, pathlib, time
+    with open({str(marks)!r}, "a") as file:
+        file.write("{name}\\n")
+    if "{name}" == "beta" and os.environ.get("STAY"):
+        time.sleep(300)
+    rng = settings.rng()"""})
+    code = ("import sys, experiments; sys.path.insert(0, '.')\n"
+            f"experiments.__path__ = [{str(lab.folder)!r}]\n"
+            f"sys.argv = ['x', 'run', 'all', '--seed', '3', '--out', {str(out)!r}]\n"
+            "cli.main()")
+    code = "import experiments.__main__ as cli\n" + code
+    root = Path(cli.__file__).resolve().parents[1]
+    running = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env={**os.environ, "STAY": "1"})
+    deadline = time.monotonic() + 300
+    while not (marks.exists() and "beta" in marks.read_text()) and time.monotonic() < deadline:
+        assert running.poll() is None
+        time.sleep(0.05)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    first = {p: p.read_bytes() for p in (out / "alpha").rglob("*") if p.is_file()}
+    assert first and not (out / "beta").exists()
+    found = call("run", "all", "--seed", 3, "--out", out, "--resume")
+    assert found.exit_code == 0, found.output
+    assert marks.read_text().split() == ["alpha", "beta", "beta", "gamma"]
+    assert first == {p: p.read_bytes() for p in (out / "alpha").rglob("*") if p.is_file()}
+    assert "alpha: finished before, left as it is" in found.stderr
+    assert re.search("9 claims", found.stdout) and found.stdout.index("alpha: claims") < (
+        found.stdout.index("beta: claims"))
+    assert sorted(p.name for p in out.iterdir()) == ["alpha", "beta", "gamma"]
+    # Damaged, or of other settings: run again. Without --resume everything is.
+    claims = out / "beta" / "claims.json"
+    claims.write_text(claims.read_text()[:40])
+    assert call("run", "all", "--seed", 3, "--out", out, "--resume").exit_code == 0
+    assert marks.read_text().split()[4:] == ["beta"]
+    assert call("run", "alpha", "--seed", 4, "--out", out, "--resume").exit_code == 0
+    assert call("run", "gamma", "--seed", 3, "--out", out).exit_code == 0
+    assert marks.read_text().split()[5:] == ["alpha", "gamma"]
 
 
 @pytest.mark.parametrize("words, sentence", [
