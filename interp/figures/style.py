@@ -1,6 +1,7 @@
 """One look for every figure: sizes, fonts, and colors that keep one meaning throughout.
 
-The colors are those of Okabe and Ito, told apart with every common color vision deficiency.
+The colors are those of Okabe and Ito; the gray of controls is dark enough to be told from their purple
+and green also by readers who see no difference between red and green.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ COLUMN, PAGE = 3.5, 7.2
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
-GRAY, PALE, INK = "#8A8A8A", "#EFEFEF", "#222222"
+GRAY, PALE, INK = "#707070", "#EFEFEF", "#222222"
 
 CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 """Colors of curves that have no meaning of their own."""
@@ -51,7 +52,7 @@ def color(role: str) -> str:
 
     Example:
         >>> color("control")
-        '#8A8A8A'
+        '#707070'
 
     Raises:
         ValueError: a role without a color; the message lists those that have one.
