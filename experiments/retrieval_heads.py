@@ -18,6 +18,7 @@ from experiments._paper import Paper, Settings, SettingsError
 from experiments._retrieval_figures import draw_all, draw_similarity
 from interp.causal import sweep as causal
 from interp.causal.ablate import mean_output
+from interp.causal.cells import subfolder
 from interp.causal.metrics import AnswerAccuracy, AnswerLogProb, AnswerRecall
 from interp.core import Claim, Result, statistics
 from interp.heads import retrieval
@@ -218,7 +219,7 @@ def _sweeps(
             found[by, phase] = causal.ablation_sweep(
                 model, prompts, [*metrics, *extra], scores, counts=counts, by=by, phase=phase,
                 seeds=5, value=value if by == "mean" else None,
-                folder=out.cache / "cells" if out.cache else None)
+                folder=subfolder(out.cache / "cells", model, prompts) if out.cache else None)
             out.save(f"sweep-{by}-{phase}-{model.name}", found[by, phase])
     return found, top
 

@@ -26,6 +26,9 @@ MISSING = "workers need submitit; install it with: pip install 'undertow[cluster
 DAYS = 7 * 24 * 60
 """Minutes that workers on this machine may take: submitit's own default ends them after a few."""
 
+PAUSE = 5.0
+"""Seconds between looks at the jobs of a cluster."""
+
 
 @runtime_checkable
 class Work(Protocol):
@@ -177,7 +180,7 @@ class _Submitting:
         self.jobs: list[Any] = []
         submitit = _submitit()
         self.local = how.cluster == "local"
-        self.pause = 0.1 if self.local else 5.0
+        self.pause = 0.1 if self.local else PAUSE
         if self.local:
             self.executor = submitit.LocalExecutor(self.folder)
             self.executor.update_parameters(**{

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from interp.causal import cells as of_cells
-from interp.causal.cells import HEADER, Cells, Claims
+from interp.causal import locks
+from interp.causal.cells import HEADER, Cells
+from interp.causal.locks import Claims
 from interp.core import FolderRefused
 
 ABOUT = {"model": "one", "weights": "w", "dtype": "torch.float32", "lane": "hf", "n_prompts": 2,
@@ -75,7 +77,7 @@ def test_a_killed_process_loses_no_cell_and_its_claims_are_taken_over_at_once(tm
     kept = {path.name: path.read_bytes() for path in (tmp_path / "a").glob("*.json")}
     begun, before = time.monotonic(), logged(log)
     found = fill(tmp_path / "a", names, log)
-    assert time.monotonic() - begun < of_cells.STALE / 2
+    assert time.monotonic() - begun < locks.STALE / 2
     assert np.array_equal(found, np.stack([value(name) for name in names]))
     again = logged(log)[len(before):]
     # Only what was in the making when it died can be repeated: written down, not yet put.
@@ -100,7 +102,7 @@ def test_a_living_process_is_waited_for_and_one_without_sign_of_life_is_not(tmp_
         # On another machine nobody can ask whether it lives: its claim ages.
         lock = held._path(of_cells.key_of("3"))
         lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "claims": "x"}))
-        monkeypatch.setattr(of_cells, "STALE", 0.2)
+        monkeypatch.setattr(locks, "STALE", 0.2)
         with Claims(tmp_path / "a") as other:
             assert not other.take(lock.stem)
             wait_until(lambda: other.take(lock.stem), 5)

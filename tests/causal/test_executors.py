@@ -1,5 +1,6 @@
 """Sweeps by workers: the same numbers as in one process, none lost when workers die."""
 
+import copy
 import os
 import signal
 import sys
@@ -218,6 +219,39 @@ def test_workers_open_what_was_opened(model):
     half = interp.open_model(model.hf.name_or_path, dtype="bfloat16", device="cpu")
     assert opening_of(half)["dtype"] == "bfloat16"
     assert opening_of(interp.open_model("backcopy-1l"))["name_or_path"] == "backcopy-1l"
+
+
+def test_parameters_reach_slurm_and_a_job_that_fails_there_is_told(
+        model, tmp_path, monkeypatch):
+    """Slurm's commands are scripts here: one keeps what was submitted, one says that it failed."""
+    pytest.importorskip("submitit")
+    there = tmp_path / "bin"
+    there.mkdir()
+    for name, does in (("srun", "exit 1"), ("sbatch", f"cp $1 {tmp_path}/sent; echo job 12"),
+                       ("sacct", "echo 'JobID|State|NodeList'; echo '12|OUT_OF_MEMORY|n1'")):
+        (there / name).write_text(f"#!/bin/sh\n{does}\n")
+        (there / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{there}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(executors, "PAUSE", 0.01)
+    jobs = Jobs(1, cluster="slurm", restarts=0, gpus_per_node=2, timeout_min=77, mem_gb=48,
+                slurm_partition="big")
+    with pytest.raises(WorkerDied, match="7 cells are not finished.*state OUT_OF_MEMORY"):
+        run(model, tmp_path / "a", jobs)
+    sent = (tmp_path / "sent").read_text()
+    for line in ("--gpus-per-node=2", "--time=77", "--mem=48GB", "--partition=big"):
+        assert f"#SBATCH {line}\n" in sent
+    with pytest.raises(NameError, match="slurm_partitoin|partitoin"):
+        run(model, tmp_path / "b", Jobs(1, cluster="slurm", slurm_partitoin="big"))
+
+
+def test_weights_that_accelerate_moved_away_have_the_same_fingerprint(model):
+    accelerate = pytest.importorskip("accelerate")
+    moved = copy.deepcopy(model.hf)
+    accelerate.cpu_offload(moved, execution_device="cpu")
+    assert next(moved.parameters()).is_meta
+    other = copy.copy(model)
+    other.hf = moved
+    assert sweep.fingerprint(other) == sweep.fingerprint(model)
 
 
 @pytest.mark.slow
