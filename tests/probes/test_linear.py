@@ -38,6 +38,24 @@ def test_all_layers_at_once_equal_scikit_learn(classes):
             assert np.allclose(found.predict_proba(states), expected.predict_proba(states), atol=1e-5)
 
 
+def test_many_targets_at_once_are_many_fits():
+    rng = np.random.default_rng(7)
+    X = rng.standard_normal((3, 60, 5)) * np.array([1.0, 4.0, 0.2])[:, None, None]
+    y = rng.integers(2, size=(4, 60))
+    y[2] = np.where(X[1, :, 3] > 0, 7, -1)  # other names for the classes, and one that is easy
+    found = linear.fit_targets(X, y, 0.3)
+    assert [len(row) for row in found] == [3, 3, 3, 3]
+    for labels, row in zip(y, found):
+        for states, probe in zip(X, row):
+            expected = linear.logistic(0.3, tol=1e-10).fit(states, labels)
+            assert np.allclose(probe.predict_proba(states), expected.predict_proba(states), atol=1e-5)
+            assert (probe.predict(states) == expected.predict(states)).all()
+    # A rule is found where it was planted, in one layer of one target, and noise is not.
+    assert found[2][1].score(X[1], y[2]) > 0.9 > found[0][1].score(X[1], y[0])
+    with pytest.raises(ValueError, match="target 1 has 3 classes"):
+        linear.fit_targets(X, [y[0], np.arange(60) % 3])
+
+
 def test_difference_of_means_is_the_nearest_mean():
     for classes in (2, 3, 5):
         X, y = data(classes=classes)

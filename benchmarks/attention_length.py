@@ -1,0 +1,160 @@
+"""Attention statistics at length: received mass, entropy, mean distance and top key of every head.
+
+Ours streams them through `Model.run`; the peers store every attention matrix and reduce it. The
+plain forward with PyTorch's fused attention, which gives no statistics, is what time is held
+against. The results are compared with those of HF's eager attention where that fits into memory,
+beyond with rows of the attention of a few queries, computed from the same queries and keys.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks._fresh import peak_memory
+from benchmarks._models import SHAPE, bridge, llama, opened, prompts, tokens
+from benchmarks._race import Contender, Race, Target, measure
+from interp.core.statistics import Estimate
+
+NAME = "attention_length"
+LIMIT = 8e9
+"""Bytes that a contender may allocate: what the peers meet at 8,192 tokens."""
+
+PLAIN, OURS = "plain sdpa forward", "undertow, streamed"
+EAGER, BRIDGE = "HF eager output_attentions", "TransformerLens run_with_cache"
+STATISTICS = ("received", "entropy", "distance", "top_keys")
+
+
+def _growth(races: Mapping[str, Race]) -> float:
+    """Memory over that of the process before, per token: longest prompt to a quarter of it."""
+    short, long = (races.get(_name(length)) for length in (4096, 16384))
+    if short is None or long is None:
+        raise LookupError("4,096 and 16,384 tokens were not both measured")
+    one, other = (race.memory(OURS) - race.sizes["bytes before"] for race in (short, long))
+    return other / one / 4
+
+
+def _name(length: int) -> str:
+    return f"{length:,} tokens"
+
+
+def _to_plain(length: int) -> Callable[[Mapping[str, Race]], Estimate]:
+    def ratio(races: Mapping[str, Race]) -> Estimate:
+        if _name(length) not in races:
+            raise LookupError(f"{_name(length)} were not measured")
+        return races[_name(length)].ratio(OURS, PLAIN)
+
+    return ratio
+
+
+TARGETS = (
+    Target("streamed statistics to the plain forward at 4,096 tokens", at_most=1.3,
+           value=_to_plain(4096)),
+    Target("streamed statistics to the plain forward at 16,384 tokens", at_most=1.5,
+           value=_to_plain(16384)),
+    Target("memory per token, 16,384 tokens to 4,096 (1: linear)", at_most=1.1, value=_growth),
+    Target("HF eager to streamed at 4,096 tokens", at_least=5.0, race=_name(4096), of=EAGER,
+           to=OURS),
+)
+
+
+def prepare(contender: str, length: int, device: str = "cpu", layers: int = 8) -> Callable[[], Any]:
+    """What a contender does with one random prompt; runs in this process or in a fresh one."""
+    ids = tokens(1, length, device=device)
+    hf = llama(device, "eager" if contender == EAGER else "sdpa", num_hidden_layers=layers)
+    if contender == PLAIN:
+        return partial(_plain, hf, ids)
+    if contender == OURS:
+        model, prompt = opened(hf), prompts(ids)
+        return lambda: _ours(model.run(prompt, stats=STATISTICS, logits="last").stats)
+    if contender == EAGER:
+        return partial(_eager, hf, ids)
+    return partial(_cached, bridge(hf), ids)
+
+
+@torch.inference_mode()
+def _plain(hf: Any, ids: Tensor) -> None:
+    hf(ids, use_cache=False, logits_to_keep=1)
+
+
+def _ours(stats: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: stats[name].values[0] for name in STATISTICS[:3]}
+    found["top"] = stats["top_keys"].sel(rank=0, quantity="value").values[0]
+    return found
+
+
+@torch.inference_mode()
+def _eager(hf: Any, ids: Tensor) -> dict[str, Any]:
+    out = hf(ids, use_cache=False, output_attentions=True, logits_to_keep=1)
+    return _reduce([pattern[0] for pattern in out.attentions])
+
+
+@torch.inference_mode()
+def _cached(found: Any, ids: Tensor) -> dict[str, Any]:
+    n = len(found.blocks)
+    names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(n)]
+    _, cache = found.run_with_cache(ids, names_filter=lambda name: name in names)
+    return _reduce([cache[name][0] for name in names])
+
+
+def _reduce(patterns: list[Tensor]) -> dict[str, Any]:
+    """The four statistics of whole attention matrices [head, query, key], a layer at a time."""
+    n = patterns[0].shape[-1]
+    position = torch.arange(n, device=patterns[0].device)
+    seeing = (n - position).to(patterns[0])
+    found: dict[str, list[Tensor]] = {"received": [], "entropy": [], "distance": [], "top": []}
+    for pattern in patterns:
+        found["received"].append(pattern.sum(1) / seeing)
+        found["entropy"].append(torch.special.entr(pattern).sum(-1))
+        # sum_s p (t - s) = t - sum_s p s, for rows that sum to one.
+        found["distance"].append(position - pattern @ position.to(pattern))
+        found["top"].append(pattern.amax(-1))
+    return {name: torch.stack(rows).float() for name, rows in found.items()}
+
+
+def _relative(result: Optional[dict[str, Any]], length: int) -> Optional[dict[str, Any]]:
+    """Distances count tokens: as shares of the length they have the size of the others."""
+    if result is not None:
+        result["distance"] = np.asarray(result["distance"]) / length
+    return result
+
+
+def _contender(name: str, length: int, device: str, layers: int, timed: bool) -> Contender:
+    arguments = {"contender": name, "length": length, "device": device, "layers": layers}
+
+    def make() -> Callable[[], Any]:
+        run = prepare(**arguments)
+        return lambda: _relative(run(), length)
+
+    return Contender(
+        name, make=make, timed=timed,
+        memory=partial(peak_memory, "benchmarks.attention_length", "prepare", arguments, LIMIT))
+
+
+def race(quick: bool = False, device: str = "cpu") -> list[Race]:
+    """Lengths at which the peers fit into memory, then lengths at which they do not."""
+    layers = 2 if quick else 8
+    lengths = {256: 3} if quick else {2048: 5, 4096: 5, 8192: 3, 16384: 3}
+    found = []
+    for length, rounds in lengths.items():
+        contenders = [
+            _contender(name, length, device, layers, name in (PLAIN, OURS) or length <= 4096)
+            for name in (PLAIN, OURS, EAGER, BRIDGE) if length <= 8192 or name in (PLAIN, OURS)
+        ]
+        race = measure(
+            _name(length), contenders, PLAIN, truth=EAGER if length <= 4096 else OURS,
+            rounds=rounds, seconds=240, device=device,
+            sizes={"tokens": length, "layers": layers, "heads": SHAPE["num_attention_heads"],
+                   "memory limit": LIMIT})
+        race.sizes["bytes before"] = _baseline(device)
+        found.append(race)
+    return found
+
+
+def _baseline(device: str) -> float:
+    """Bytes of a process that has the model and a short prompt."""
+    arguments = {"contender": OURS, "length": 64, "device": device, "layers": 8}
+    return peak_memory("benchmarks.attention_length", "prepare", arguments, LIMIT)
