@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Optional, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -91,6 +91,20 @@ class _Answered(_Measured):
             for i, rows in zip(numbers, run.logits):
                 found[i] = (rows[-len(self.answers[i]) :], self.answers[i])
         return found
+
+
+    def why_not_last_row(self) -> Optional[str]:
+        """None if every answer is one token that the last row of the prompt decides."""
+        if self.decode_last:
+            return "the last token of the prompt is a decoding step of its own"
+        return "an answer has several tokens" if max(map(len, self.answers)) > 1 else None
+
+    def of_last(
+        self, rows: Float[Tensor, "variant d_vocab"], prompt: int
+    ) -> Float[np.ndarray, "variant"]:
+        """The values of variants of one prompt from their last rows."""
+        answer = self.answers[prompt]
+        return np.concatenate([self.values([(row[None], answer)]) for row in rows])  # type: ignore
 
 
 class AnswerLogProb(_Answered):
@@ -226,6 +240,28 @@ class LogitDifference(_Measured):
     def values(self, outcome: Any) -> np.ndarray:
         rows = torch.arange(len(outcome))
         return (outcome[rows, self.a] - outcome[rows, self.b]).double().numpy()
+
+    def of_last(
+        self, rows: Float[Tensor, "variant d_vocab"], prompt: int
+    ) -> Float[np.ndarray, "variant"]:
+        """The values of variants of one prompt from their last rows."""
+        return (rows[:, self.a[prompt]] - rows[:, self.b[prompt]]).double().numpy()
+
+
+def why_not_last_row(metric: Metric) -> Optional[str]:
+    """Why a metric cannot be read off the last row of each prompt; None if it can.
+
+    Such metrics have `of_last(rows, prompt)`: last rows of variants of one prompt to their values.
+    Sweeps then run nothing but what decides that row.
+
+    Example:
+        >>> why_not_last_row(LogitDifference([5], [6])), why_not_last_row(TextLoss())
+        (None, 'the metric reads more than the last row of logits')
+    """
+    if not hasattr(metric, "of_last"):
+        return "the metric reads more than the last row of logits"
+    own = getattr(metric, "why_not_last_row", None)
+    return None if own is None else own()
 
 
 def check_count(given: Sequence[Any], prompts: Sequence[Prompt]) -> None:

@@ -16,7 +16,8 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.causal.metrics import LogitDifference, Metric, check_count, key_of
+from interp.causal.metrics import LogitDifference, Metric, check_count, key_of, why_not_last_row
+from interp.causal.passes import Passes
 from interp.core import Head, Prompt, PromptError, Result, Site, SiteRefused, ablate, each, patch
 from interp.core.head import HeadLike, check_heads
 from interp.core.head import heads as as_heads
@@ -82,7 +83,16 @@ class AnswerLogits:
         rows = outcome.double().log_softmax(-1) if self.log_prob else outcome.double()
         return rows.gather(1, torch.tensor(self.tokens)).numpy()
 
+    def of_last(
+        self, rows: Float[Tensor, "variant d_vocab"], prompt: int
+    ) -> Float[np.ndarray, "variant outcome"]:
+        """The values of variants of one prompt from their last rows."""
+        rows = rows.double().log_softmax(-1) if self.log_prob else rows.double()
+        return rows[:, self.tokens[prompt]].numpy()
 
+
+HELD = 1 << 28
+"""Bytes of states to be put in that are held at once."""
 LAST_ROW = (LogitDifference, AnswerLogits)
 """Metrics that read nothing but the last row of logits."""
 
@@ -342,27 +352,37 @@ def _own(
     model: Model, clean: list[Prompt], corrupt: list[Prompt], metric: Any,
     cells: Sequence[_Cell], site: str, frozen: bool = False,
 ) -> Iterator[np.ndarray]:
-    """Cell by cell through `Model.run`, all prompts of a cell in one call."""
+    """Prompt by prompt, running only what a patch can change, where the metric reads the last row;
+    else cell by cell through `Model.run`."""
     spelled = "embed" if site == "embed" else f"{site}.{','.join(map(str, _layers(cells)))}"
     own, other = (_states(model, prompts, spelled) for prompts in (clean, corrupt))
+    where = {layer: i for i, layer in enumerate(_layers(cells))}
+
+    def put(cell: _Cell, number: int) -> Any:
+        places = list(cell.positions[number])
+        at = where[cell.layer] if site != "embed" else 0
+        value = other[number][at, places]
+        if cell.head is not None:
+            value, given = own[number][at, places], value[:, cell.head]
+            value[:, cell.head] = given
+        return patch("embed" if site == "embed" else f"{site}.{cell.layer}", value, places)
+
+    if not frozen and why_not_last_row(metric) is None:
+        passes = Passes(model, clean, metric)
+        columns = []
+        for number, states in enumerate(own):
+            size = max(1, HELD // max(1, states[0].nbytes))
+            columns.append([value for start in range(0, len(cells), size) for value in passes.values(
+                number, [put(cell, number) for cell in cells[start : start + size]])])
+        yield from map(np.stack, zip(*columns))
+        return
     held: list[tuple] = [() for _ in clean]
     if frozen:
         full = own if len(_layers(cells)) == model.n_layers else _states(model, clean, "z")
         held = [(patch("z", value, slice(0, len(prompt))),) for prompt, value in zip(clean, full)]
-    where = {layer: i for i, layer in enumerate(_layers(cells))}
     for cell in cells:
-        writes = []
-        for number, positions in enumerate(cell.positions):
-            places = list(positions)
-            at = (where[cell.layer],) if site != "embed" else (0,)
-            value = own[number][at].copy()
-            if cell.head is None:
-                value[places] = other[number][at][places]
-            else:
-                value[places, cell.head] = other[number][at][places, cell.head]
-            place = "embed" if site == "embed" else f"{site}.{cell.layer}"
-            writes.append((*held[number], patch(place, value[places], places)))
-        yield metric(model, clean, each(writes))
+        yield metric(model, clean, each(
+            (*before, put(cell, number)) for number, before in enumerate(held)))
 
 
 def _layers(cells: Sequence[_Cell]) -> list[int]:

@@ -131,6 +131,15 @@ class Answers:
             return rows.log_softmax(-1).gather(1, tokens[:, None])[:, 0].numpy()
         return (rows.argmax(-1) == tokens).double().numpy()
 
+    def of_last(
+        self, rows: Float[Tensor, "variant d_vocab"], prompt: int
+    ) -> Float[np.ndarray, "variant"]:
+        """The values of variants of one prompt from their last rows."""
+        token = self.tokens[prompt]
+        if self.log_prob:
+            return rows.double().log_softmax(-1)[:, token].numpy()
+        return (rows.argmax(-1) == token).double().numpy()
+
 
 def choose_count(
     model: Model,

@@ -46,6 +46,10 @@ class OutOfRange(UndertowError, IndexError):
     """A layer, head or position outside the model or prompt."""
 
 
+class NotEnoughMemory(UndertowError, MemoryError):
+    """Not even the smallest part of a computation fits into memory."""
+
+
 class NumericalError(UndertowError, ArithmeticError):
     """NaN or infinity where a number is needed."""
 

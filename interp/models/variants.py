@@ -14,6 +14,7 @@ The variants of a pass lie row behind row in one batch: one joins at the block w
 differ, whatever its number of rows. So a pass over the blocks serves cells of many layers.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Course:
     heads' outputs on, or "cut", with the keys and values of the plain run.
     """
 
-    edits: Edits
+    edits: Any
     entry: int
     first: int
     ahead: str = ""
@@ -130,29 +131,44 @@ class Variants:
             return Course(edits, layer + 1, first, ahead, start, stop)
         return Course(edits, layer, first)
 
+    @property
+    def causal(self) -> bool:
+        """Whether no position sees later ones, also in pictures."""
+        return all(mask.plain in ("causal", "window") for mask in self.base._masks)
+
     def _reach(self, first: int) -> int:
         if first not in self._earliest:
-            causal = all(mask.plain in ("causal", "window") for mask in self.base._masks)
-            self._earliest[first] = first if causal else self.base.earliest(first)
+            self._earliest[first] = first if self.causal else self.base.earliest(first)
         return self._earliest[first]
+
+    def like(self, prompt: Prompt) -> "Variants":
+        """Another prompt, for its courses and costs alone: it is run only if this one has pictures
+        whose tokens see each other."""
+        if not self.causal:
+            return Variants(self.model, prompt)
+        made = copy.copy(self)
+        made.prompt, made.length, made._earliest = prompt, len(prompt), {}
+        return made
 
     def rows(self, course: Optional[Course]) -> int:
         """The largest number of rows that a variant has in a block."""
         return 0 if course is None else max(self.length - course.first, course.stop - course.start)
 
-    def cost(self, course: Optional[Course]) -> float:
-        """The token-layers of a variant."""
+    def cost(self, course: Optional[Course], floor: bool = False) -> float:
+        """The token-layers of a variant; with `floor` without queries that nothing reads."""
         if course is None:
             return 0.0
         total, last = 0.0, self.n_layers - 1
         before = self.lane_share
+        model = self.model
+        keys = before * (2 * model.n_kv_heads / (2 * model.n_kv_heads + model.n_heads) if floor else 1)
         if course.ahead:
             full = course.stop - course.start
             total += full * (1 - before) if course.ahead == "heads" else full
         rows = self.length - course.first
         if course.entry <= last:
             total += rows * (last - course.entry)
-            total += 1 if rows == 1 else rows * before + 1
+            total += 1 if rows == 1 else rows * keys + 1
         return total
 
     @property
