@@ -24,6 +24,10 @@ def build(hf: nn.Module, tokenizer: Any, name: str) -> Any:
     Raises `ModelRefused` where TransformerLens cannot bridge the model on the weights in place.
     """
     architecture = type(hf).__name__
+    if any(weight.is_meta for weight in hf.parameters()):
+        raise ModelRefused(
+            f"weights of {name} are offloaded, and TransformerLens needs them all. Use lane='hf'."
+        )
     with nothing_installed(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformer_lens.model_bridge.sources import build_bridge_from_module

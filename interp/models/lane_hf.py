@@ -30,7 +30,7 @@ class LaneHF:
 
     def __init__(self, hf: nn.Module) -> None:
         self.hf = hf
-        self.device = next(hf.parameters()).device
+        self.device = input_device(hf)
         self.configs = _text_configs(hf)
         self.blocks = self._find()
         self.attentions = {block.attention: block.index for block in self.blocks}
@@ -141,7 +141,7 @@ class LaneHF:
         z = torch.tensor(reads.finish()[f"z.{layer}"].values[0, 0]).reshape(6, width)
         for module, given in seen:
             if given.shape[-1] == width and torch.equal(given.reshape(-1, width).float().cpu(), z):
-                weight = module.weight.detach()
+                weight = _present(module)
                 # transformers' Conv1D keeps its weight as [in, out], torch's Linear as [out, in].
                 weight = weight if type(module).__name__ == "Conv1D" else weight.T
                 return weight.reshape(shape.n_heads, shape.d_head, -1)
@@ -377,9 +377,26 @@ def probe_ids(hf: nn.Module, length: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(min(config.vocab_size, 5000), generator=generator).tolist()
     ids = [token for token in order if token not in special][:length]
+    return torch.tensor([ids], device=input_device(hf))
+
+
+def _present(module: nn.Module) -> Tensor:
+    """The weight of a module, fetched where it is offloaded."""
+    if not module.weight.is_meta:
+        return module.weight.detach()
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        return module.weight.detach().clone()
+
+
+def input_device(hf: nn.Module) -> torch.device:
+    """Where token ids go: with the first weights, or, where those are offloaded, where they run."""
     device = next(hf.parameters()).device
-    # A model without weights of its own runs elsewhere; ids are made here.
-    return torch.tensor([ids], device="cpu" if device.type == "meta" else device)
+    if device.type != "meta":
+        return device
+    # accelerate leaves a hook that says where it brings the weights; without one there are none.
+    return torch.device(getattr(getattr(hf, "_hf_hook", None), "execution_device", None) or "cpu")
 
 
 def shape_of(blocks: Sequence[Block], hf: nn.Module) -> Shape:

@@ -135,7 +135,9 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return next(self.hf.parameters()).device
+        from interp.models.lane_hf import input_device
+
+        return input_device(self.hf)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -158,6 +160,17 @@ class Model:
         outcome = logits if logits is not None else torch.tensor(found[last])
         return outcome, found
 
+    def _outcomes(self, lane: str, prompt: Prompt, writes: list[Intervention]) -> Tensor:
+        """The logits under each intervention, from one batch; jobs of a server are dear."""
+        nothing = Reads([], self.shape.n_layers, len(writes))
+        logits, _ = self._engine(lane).run(
+            [prompt] * len(writes), [Edits(prompt, (one,), self.shape) for one in writes], nothing,
+            lambda *_: [], lambda *_: [], range(len(writes)),
+        )
+        if any(row is None for row in logits):
+            raise SiteRefused(f"{self.name} has no vocabulary, so its edits are tried one by one.")
+        return torch.stack([row for row in logits if row is not None])
+
     def _probe(self) -> list[int]:
         from interp.models.lane_hf import probe_ids
 
@@ -175,6 +188,7 @@ class Model:
             lambda prompt, read, write: self._outcome(lane, prompt, read, write),
             self._probe(), self.shape.n_layers // 2, self._engine(lane).unavailable,
             self._tolerance(), self.kind == "decoder",
+            None if self.remote is None else lambda *given: self._outcomes(lane, *given),
         )
 
     def sites(self, verb: str = "read") -> list[str]:
@@ -542,6 +556,8 @@ class _Statistics:
                     reducer = self._by_name(name, prompt)
                 elif isinstance(one, PerLayer):
                     reducer = one.make(prompt, layer)
+                    if reducer is None:
+                        continue
                 else:
                     reducer = copy.deepcopy(one)
                 length = len(self.prompts[prompt]) + max(self.new_tokens, 0)
@@ -574,7 +590,15 @@ class _Statistics:
     def finish(self) -> dict[str, xr.DataArray]:
         found = {}
         for name, (kind, _) in self.asked.items():
-            layers = sorted({layer for _, layer, of in self._made if of == kind})
+            layers = sorted({layer for (_, layer, of), made in self._made.items()
+                             if of == kind and name in made})
+            every = [(prompt, layer, kind) for prompt in range(len(self.prompts))
+                     for layer in layers]
+            if not layers or any(name not in self._made.get(key, ()) for key in every):
+                raise ValueError(
+                    f"the statistic {name!r} was asked for in no layer, or in other layers of some "
+                    "prompts; let PerLayer make it in the same layers of every prompt."
+                )
             rows = [
                 [self._made[prompt, layer, kind][name].finish() for layer in layers]
                 for prompt in range(len(self.prompts))

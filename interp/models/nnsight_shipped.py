@@ -9,7 +9,7 @@ NAMES = ("hidden_states", "x", "hidden_state", "input")
 
 
 def arguments(args, kwargs, masks):
-    """The tensors and plain settings among the arguments of an operation, on the CPU.
+    """The arguments of an operation, tensors on the CPU, other objects by their kind only.
 
     A mask that several layers share is sent once: later ones are its number in `masks`.
     """
@@ -26,8 +26,7 @@ def arguments(args, kwargs, masks):
             masks.append(x)
         return x.detach().cpu()
 
-    kept = [sent(x) for x in args if isinstance(x, torch.Tensor)]
-    return kept, {name: sent(x) for name, x in kwargs.items()}
+    return [sent(x) for x in args], {name: sent(x) for name, x in kwargs.items()}
 
 
 def play(root, steps, masks):

@@ -11,13 +11,13 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
-from interp.core.errors import ModelRefused
+from interp.core.errors import ModelRefused, SiteRefused
 from interp.models import attention as attend
 from interp.models.attention import LazyMask
 from interp.models.edits import Pass
@@ -75,7 +75,7 @@ def wrap(hf: nn.Module) -> Any:
         return nnsight.NNsight(hf)
 
 
-def given(args: tuple, kwargs: Mapping[str, Any]) -> Optional[Given]:
+def given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Optional[Given]:
     """q, k, v and the mask among the arguments of an operation, None where they are not.
 
     They are its first three tensors with a head axis, and a fourth one over queries and keys.
@@ -89,6 +89,10 @@ def given(args: tuple, kwargs: Mapping[str, Any]) -> Optional[Given]:
     if query.shape[1] % key.shape[1]:
         return None
     mask = four[3] if len(four) == 4 else None
+    after = max((i + 1 for i, x in enumerate(args) if x is value), default=len(args))
+    masks = [*args[after : after + 1], kwargs.get("attention_mask")]
+    if any(x is not None and x is not mask for x in masks):
+        return None  # a mask of another kind (flex, flash), which cannot be looked into
     if mask is not None and (
         mask.shape[-2] != query.shape[2] or mask.shape[-1] < key.shape[2]
     ):
@@ -180,30 +184,31 @@ class Explorer:
         entries = self._entries()
         for entry in entries:
             kinds.setdefault(_signature(entry), []).append(entry)
-        examples: dict[tuple, tuple[Block, Call, tuple[str, ...]]] = {}
+        examples: dict[tuple, tuple[Block, list[str], tuple[str, ...]]] = {}
         for kind, members in kinds.items():
             found = self._attending(members[0])
             if found is not None:
-                path, call = found
+                path, names = found
                 block = Block(0, members[0], members[0].get_submodule(path))
-                examples[kind] = (block, call, self._solved(block))
+                examples[kind] = (block, names, self._solved(block))
         blocks: list[Block] = []
-        calls: list[Call] = []
+        candidates: list[list[str]] = []
         orders: list[tuple[str, ...]] = []
         for entry in entries:
             # As in lane "hf", blocks without attention are not counted.
             if _signature(entry) in examples:
-                example, call, order = examples[_signature(entry)]
+                example, names, order = examples[_signature(entry)]
                 blocks.append(_transferred(example, entry, len(blocks)))
-                calls.append(call)
+                candidates.append(names)
                 orders.append(order)
         if not blocks:
             raise ModelRefused(
                 f"no operation in the blocks of {type(self.hf).__name__} is given q, k and v "
                 "(its modeling code has attention of its own); open it with lane='bridge'."
             )
+        calls = [Call(names[0]) for names in candidates]
         try:
-            calls = self._checked(blocks, calls)
+            calls = self._checked(blocks, candidates)
         except Exception as error:
             if not self.unchecked(error):
                 raise
@@ -241,8 +246,8 @@ class Explorer:
             "open it with lane='hf'."
         )
 
-    def _attending(self, entry: nn.Module) -> Optional[tuple[str, Call]]:
-        """The module inside a block, by its path there, and the operation in it that attends."""
+    def _attending(self, entry: nn.Module) -> Optional[tuple[str, list[str]]]:
+        """The module inside a block, by its path there, and the operations that may attend."""
         for path, module in entry.named_modules():
             envoy = self.envoys.get(id(module))
             if envoy is None or not path or next(module.children(), None) is None:
@@ -251,10 +256,9 @@ class Explorer:
                 names = list(envoy.source.names)
             except Exception:  # nnsight has no one class for "no source here"
                 continue
-            # Any order would do; the likely ones first spare passes.
-            for name in sorted(names, key=lambda n: ("attention" not in n, "attn" not in n)):
-                if self._takes_heads(envoy, name):
-                    return path, Call(name)
+            found = [name for name in names if self._takes_heads(envoy, name)]
+            if found:
+                return path, found
         return None
 
     def _takes_heads(self, envoy: Any, name: str) -> bool:
@@ -290,41 +294,57 @@ class Explorer:
                 at[name] = position[self.envoys[id(port[0])].path, port[1]]
         return tuple(sorted(at, key=lambda name: (at[name], ORDER.index(name))))
 
-    def _checked(self, blocks: list[Block], calls: list[Call]) -> list[Call]:
-        """The calls, once our own attention has given the output of every one of them."""
+    def _checked(self, blocks: list[Block], candidates: list[list[str]]) -> list[Call]:
+        """The operation of each block whose output our own attention gives as well."""
         root, save = self.root, load().save
-        paths = [(spelled(root, self.envoys[id(block.attention)].path), call.name)
-                 for block, call in zip(blocks, calls)]
+        paths = [(spelled(root, self.envoys[id(block.attention)].path), names)
+                 for block, names in zip(blocks, candidates)]
         with self.open_trace() as tracer:
             seen, masks = save([]), save([])
-            for path, name in paths:
-                operation = getattr(root.get(path).source, name)
-                entry = arguments(*operation.inputs, masks)
-                output = operation.output
-                wrapped = isinstance(output, tuple)
-                seen.append((entry, wrapped, (output[0] if wrapped else output).detach().cpu()))
+            for path, names in paths:
+                for name in names:
+                    operation = getattr(root.get(path).source, name)
+                    entry = arguments(*operation.inputs, masks)
+                    output = operation.output
+                    wrapped = isinstance(output, tuple)
+                    seen.append((entry, wrapped, (output[0] if wrapped else output).detach().cpu()))
             tracer.stop()
-        checked = []
-        for block, call, (entry, wrapped, made) in zip(blocks, calls, seen):
-            found = given(*with_masks(entry, masks))
-            assert found is not None
-            with torch.no_grad():
-                z = attended(block.attention, found, Pass(0, found.query.shape[2]))
-            exact = z.dtype in (torch.float32, torch.float64)
-            size = (1e-4 if exact else 3e-2) * float(made.abs().max())
+        left = iter(seen)
+        calls = []
+        for block, names in zip(blocks, candidates):
+            entries = [(name, *next(left)) for name in names]
             fits = [
-                head_last for head_last in (True, False)
-                if (y := z if head_last else z.transpose(1, 2)).shape == made.shape
-                and float((y - made).abs().max()) <= size
+                Call(name, wrapped, head_last) for name, entry, wrapped, made in entries
+                if (head_last := _layout(block.attention, with_masks(entry, masks), made))
+                is not None
             ]
             if not fits:
                 raise ModelRefused(
-                    f"{call.name} of {type(block.attention).__name__} (layer {block.index}) is "
-                    "given q, k and v but computes something else than attention over them; "
+                    f"no operation of {type(block.attention).__name__} (layer {block.index}) "
+                    f"computes attention over the q, k and v it is given ({', '.join(names)}); "
                     "open the model with lane='hf' or 'bridge'."
                 )
-            checked.append(replace(call, head_last=fits[0], wrapped=wrapped))
-        return checked
+            calls.append(fits[0])
+        return calls
+
+
+def _layout(attention: nn.Module, entry: tuple, made: Tensor) -> Optional[bool]:
+    """Whether heads come last but one in what was made, None if it is not attention at all."""
+    found = given(*entry)
+    if found is None:
+        return None
+    try:
+        with torch.no_grad():
+            z = attended(attention, found, Pass(0, found.query.shape[2]))
+    except SiteRefused:
+        return None
+    exact = z.dtype in (torch.float32, torch.float64)
+    size = (1e-4 if exact else 3e-2) * float(made.abs().max())
+    for head_last in (True, False):
+        same = z if head_last else z.transpose(1, 2)
+        if same.shape == made.shape and float((same - made).abs().max()) <= size:
+            return head_last
+    return None
 
 
 def _signature(entry: nn.Module) -> tuple:

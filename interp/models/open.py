@@ -5,7 +5,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -28,7 +28,7 @@ def open_model(
     name_or_path: Union[str, os.PathLike],
     *,
     lane: str = "auto",
-    device: Union[str, torch.device, None] = None,
+    device: Union[str, torch.device, Mapping[str, Any], None] = None,
     dtype: Union[str, torch.dtype, None] = None,
     revision: Optional[str] = None,
     trust_remote_code: bool = False,
@@ -46,8 +46,8 @@ def open_model(
             `config.json` and safetensors, or a hub id like "meta-llama/Llama-3.1-8B".
         lane: "hf" (also "auto": the transformers model, streams at any length), "bridge"
             (TransformerLens) or "nnsight". All look at one set of weights; see `Model.using`.
-        device: "cpu", "cuda", ...; "auto" spreads a large model over all devices (accelerate);
-            None takes a GPU where there is one.
+        device: "cpu", "cuda", ...; "auto" spreads a large model over all devices (accelerate), a
+            device map like {"model.layers.0": 0, ...} as it says; None takes a GPU if there is one.
         dtype: "float32", "bfloat16", ...; None keeps the checkpoint's.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run modeling code that comes with the model. Off unless you ask for it.
@@ -79,18 +79,24 @@ def open_model(
         _check_remote(name, local, lane, device, dtype)
         return _open_remotely(name, where, config, given, revision, remote)
     cls = _model_class(name, config, trust_remote_code)
+    spread = dict(device) if isinstance(device, Mapping) else device if device == "auto" else None
+    if spread is not None and importlib.util.find_spec("accelerate") is None:
+        raise ModelRefused(
+            f"device={device!r} spreads {name!r} over devices with the package accelerate, which "
+            "is not installed; install it with: pip install 'undertow[cluster]'."
+        )
     try:
         with _progress_only_on_terminals():
             hf = cls.from_pretrained(
                 where, config=config, use_safetensors=True, dtype=_dtype(dtype),
-                device_map="auto" if device == "auto" else None, **given,
+                device_map=spread, **given,
             )
     except OSError as error:
         raise ModelRefused(
             f"{name!r} has no readable safetensors weights ({_sentence(error)}). Convert them with "
             "save_pretrained(..., safe_serialization=True); pickled weights are not loaded."
         ) from error
-    if device != "auto":
+    if spread is None:
         hf = hf.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = _tokenizer(where, given)
     processor = load_processor_for(config, where, tokenizer, given)

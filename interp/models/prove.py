@@ -46,6 +46,7 @@ def prove(
     unavailable: Callable[[str], Optional[str]],
     tolerance: float,
     causal: bool,
+    together: Optional[Callable[[Prompt, list[Intervention]], Tensor]] = None,
 ) -> dict[str, Proof]:
     """Prove every site of `layer` with a handful of short forward passes.
 
@@ -56,6 +57,8 @@ def prove(
         unavailable: site -> why the architecture does not have it, None if it has.
         tolerance: what counts as unchanged, relative to the spread of the outcome.
         causal: whether earlier positions must not feel a change of a later one.
+        together: runs the prompt once per intervention in one batch, `[run, position, width]`,
+            where single passes are dear.
 
     Raises:
         NumericalError: the untouched model already gives NaN.
@@ -76,35 +79,59 @@ def prove(
     spread = float(base.std()) or 1.0
     position = len(ids) // 2
 
-    def change(edits: tuple[Intervention, ...]) -> Tensor:
-        return (outcome(prompt, (), edits)[0] - base).abs().amax(-1) / spread
-
+    trials: dict[str, tuple[Intervention, Intervention]] = {}
     for name in names:
         values = np.asarray(reads[spelled[name]])
         fault = _fault(name, values, causal)
         if fault:
             proofs[name] = Proof(name, False, False, fault)
             continue
+        trials[name] = (patch(spelled[name], _writable(name, values)),
+                        _disturb(name, spelled[name], values, position, causal))
+    found = _all_at_once(together, prompt, trials)
+    for name, pair in trials.items():
         try:
-            same = float(change((patch(spelled[name], _writable(name, values)),)).max())
-            moved = change((_disturb(name, spelled[name], values, position, causal),))
+            same, moved = (
+                (x - base).abs().amax(-1) / spread
+                for x in found.get(name) or [outcome(prompt, (), (edit,))[0] for edit in pair]
+            )
         except SiteRefused as error:
             proofs[name] = Proof(name, True, False, str(error))
             continue
-        largest = float(moved[position:].max())
-        reason = ""
-        if same > tolerance:
-            reason = "writing back what was read changed the outcome"
-        elif largest <= max(3 * same, 1e-6):
-            reason = "replacing it left the outcome unchanged"
-        elif causal and float(moved[:position].max()) > max(tolerance, 1e-6):
-            reason = "a change at one position moved earlier positions"
-        proofs[name] = Proof(name, True, not reason, reason, largest)
+        proofs[name] = _judged(name, same, moved, position, tolerance, causal)
     if "resid_pre" in proofs:
         proofs["embed"] = Proof("embed", **{
             k: getattr(proofs["resid_pre"], k) for k in ("readable", "writable", "reason", "moved")
         })
     return proofs
+
+
+def _all_at_once(
+    together: Optional[Callable[[Prompt, list[Intervention]], Tensor]], prompt: Prompt,
+    trials: Mapping[str, tuple[Intervention, Intervention]],
+) -> dict[str, list[Tensor]]:
+    """Both outcomes of every trial from one batch, none where there is no such batch."""
+    if together is None:
+        return {}
+    try:
+        made = together(prompt, [edit for pair in trials.values() for edit in pair])
+    except SiteRefused:
+        return {}  # one by one then, to see which
+    return {name: list(pair) for name, pair in zip(trials, made.split(2))}
+
+
+def _judged(
+    name: str, same: Tensor, moved: Tensor, position: int, tolerance: float, causal: bool
+) -> Proof:
+    """What the changes of the outcome, position by position, say about a site."""
+    reason, largest = "", float(moved[position:].max())
+    if float(same.max()) > tolerance:
+        reason = "writing back what was read changed the outcome"
+    elif largest <= max(3 * float(same.max()), 1e-6):
+        reason = "replacing it left the outcome unchanged"
+    elif causal and float(moved[:position].max()) > max(tolerance, 1e-6):
+        reason = "a change at one position moved earlier positions"
+    return Proof(name, True, not reason, reason, largest)
 
 
 def _fault(name: str, values: np.ndarray, causal: bool) -> str:
