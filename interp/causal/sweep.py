@@ -6,20 +6,23 @@ and one with further cells or another metric computes only those. A folder is of
 set of prompts; several processes may fill it (see `interp.causal.cells`).
 """
 
+import copy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Optional, SupportsIndex, Union
 
 import numpy as np
+import torch
 import xarray as xr
 from jaxtyping import Float
 
 from interp.causal.cells import Cells, describe, fingerprint, subject
 from interp.causal.controls import most_excludable, random_heads
 from interp.causal.executors import Executor
+from interp.causal.memory import is_shortage
 from interp.causal.metrics import Metric, key_of
 from interp.core import Head, HeadScores, Prompt, PromptError, Result, ablate
-from interp.core.errors import OutOfRange
+from interp.core.errors import NotEnoughMemory, OutOfRange
 from interp.core.head import HeadLike
 from interp.core.head import heads as as_heads
 from interp.core.intervention import Each, Intervention, Phase
@@ -59,6 +62,7 @@ from interp.causal.metrics import AnswerLogProb
     Raises:
         PromptError: no prompts, or two metrics of one name.
         FolderRefused: the folder holds a sweep of another model, version or set of prompts.
+        NotEnoughMemory: one prompt by itself does not fit; batches are halved before that.
     """
     if not prompts:
         raise PromptError("no prompts to run: give at least one.")
@@ -82,7 +86,9 @@ class _Evaluation:
         self, model: Model, prompts: Sequence[Prompt], metrics: Sequence[Metric],
         writes: Sequence[Any], folder: Union[str, Path, None],
     ) -> None:
-        self.prompts, self.metrics, self.writes = list(prompts), list(metrics), list(writes)
+        self.prompts, self.writes = list(prompts), list(writes)
+        # Copies: their batches become smaller where memory runs out.
+        self.metrics = [copy.copy(metric) for metric in metrics]
         self.folder = None if folder is None else Path(folder).absolute()
         contents = [describe(write) for write in writes]
         self.marks = [{m.name: key_of(m.name, m.shared, content) for m in metrics}
@@ -114,11 +120,34 @@ class _Evaluation:
                     mark = self.marks[number][metric.name]
                     if cells.get(mark) is None:
                         if metric.shared not in outcomes:
-                            outcomes[metric.shared] = metric.passes(
-                                model, self.prompts, self.writes[number])
+                            outcomes[metric.shared] = self._passes(model, metric, number)
                         cells.put(mark, np.asarray(metric.values(outcomes[metric.shared])))
 
         cells.fill([tuple(self.marks[i].values()) for i in numbers], passes, progress=progress)
+
+    def _passes(self, model: Model, metric: Metric, number: int) -> Any:
+        """A metric's passes; where memory runs out, in batches of half the size, and again."""
+        while True:
+            try:
+                return metric.passes(model, self.prompts, self.writes[number])
+            except Exception as error:
+                if not is_shortage(error):
+                    raise
+                said = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+            # Out of the handler, so that what the failed pass held is freed first.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            own = len(getattr(metric, "prompts", ()) or self.prompts)
+            size = min(getattr(metric, "batch_size", 1), own)
+            if size <= 1:
+                raise NotEnoughMemory(
+                    f"there is not enough memory for even one cell, a prompt of up to "
+                    f"{max(map(len, self.prompts))} tokens run by itself: shorten the prompts, open "
+                    f"the model with a smaller dtype or device='auto', or free memory ({said})."
+                )
+            for one in self.metrics:
+                if hasattr(one, "batch_size"):
+                    one.batch_size = min(one.batch_size, size // 2)
 
     def values(self, number: int, name: str) -> np.ndarray:
         """What a metric said in a cell."""

@@ -16,7 +16,7 @@ import interp
 from interp.causal import cells, sweep
 from interp.causal.ablate import keep_only, mean_output
 from interp.causal.metrics import AnswerAccuracy, AnswerLogProb, TextLoss
-from interp.core.errors import FolderRefused, OutOfRange, PromptError
+from interp.core.errors import FolderRefused, NotEnoughMemory, OutOfRange, PromptError
 from interp.models.model import Model
 
 NEEDED = "L1H3"
@@ -138,6 +138,44 @@ def test_cells_are_kept_and_a_damaged_one_is_computed_again(model, answers, tmp_
         with torch.no_grad():
             model.hf.model.norm.weight[0] -= 1.0
     assert kept == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+class Hungry(AnswerLogProb):
+    """Runs out of memory for batches above a size."""
+
+    fits, tried = 2, []
+
+    def passes(self, model, prompts, write):
+        self.tried.append(self.batch_size)
+        if min(self.batch_size, len(prompts)) > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().passes(model, prompts, write)
+
+
+def test_batches_are_halved_where_memory_runs_out_and_stay_so(model, answers, monkeypatch):
+    given, writes = prompts(), [(), interp.ablate(NEEDED)]
+    expected = sweep.evaluate(model, given, [AnswerLogProb(answers)], writes)["log_prob"]
+    monkeypatch.setattr(Hungry, "tried", [])
+    metric = Hungry(answers)
+    found = sweep.evaluate(model, given, [metric], writes)["log_prob"]
+    assert np.allclose(found, expected, atol=1e-5) and Hungry.tried == [8, 4, 2, 2]
+    assert metric.batch_size == 8  # what was given is as it was
+
+
+def test_no_memory_for_even_one_cell_is_one_sentence_and_loses_nothing(
+        model, answers, tmp_path, monkeypatch):
+    given = prompts()
+    kept = sweep.evaluate(model, given, [AnswerLogProb(answers)], [()], folder=tmp_path)
+    monkeypatch.setattr(Hungry, "fits", 0)
+    with pytest.raises(NotEnoughMemory, match="even one cell, a prompt of up to 10 tokens.*smaller "
+                                              "dtype.*Tried to allocate") as caught:
+        sweep.evaluate(model, given, [Hungry(answers)], [(), interp.ablate(NEEDED)], folder=tmp_path)
+    assert "\n" not in str(caught.value) and not list(tmp_path.glob("*.lock"))
+    again = sweep.evaluate(model, given, [Hungry(answers)], [()], folder=tmp_path)
+    assert np.array_equal(again["log_prob"], kept["log_prob"])
+    monkeypatch.setattr(Hungry, "passes", lambda *_: [][0])
+    with pytest.raises(IndexError):  # any other error is what it is
+        sweep.evaluate(model, given, [Hungry(answers)], [()])
 
 
 @pytest.mark.slow
