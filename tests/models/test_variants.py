@@ -11,8 +11,9 @@ from interp.core.errors import ModelRefused, OutOfRange, SiteRefused
 from interp.models.model import Model
 from interp.models.variants import Variants
 
-DECODERS = ("gpt2", "llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt_oss", "gpt_neox", "opt",
-            "llava", "qwen2_5_vl")
+# Learned positions, grouped heads with norms, soft caps and windows, sinks and experts, parallel
+# blocks, positions along several axes.
+DECODERS = ("gpt2", "qwen3", "gemma2", "gpt_oss", "gpt_neox", "qwen2_5_vl")
 N = 13
 LAST = N - 1
 
