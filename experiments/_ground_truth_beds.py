@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from interp.core import ModelRefused, Prompt
 from interp.models.model import Model
-from interp.organisms.plant_horizon import picture_prompt, tiny_llava
+from interp.organisms.plant_horizon import as_inputs, picture_prompt, tiny_llava
 from interp.organisms.surgery import embedding, image_token, projector_of
 
 RANDOM = "random-weights"
@@ -62,6 +62,13 @@ class Bed:
                 raise ModelRefused(
                     f"{self.name} ({type(hf).__name__}) is no LLaVA with a projector of two layers, "
                     "and only in these can image tokens be marked exactly.")
+            try:
+                with torch.no_grad():
+                    hf(**as_inputs(picture_prompt(hf, rng)), use_cache=False)
+            except (ValueError, RuntimeError, AttributeError) as error:
+                raise ModelRefused(
+                    f"{self.name} does not read a picture as one token per patch, which the planted "
+                    f"pictures are ({str(error).splitlines()[0].rstrip('.')}).") from None
             return hf
         made = tiny_llava(rng, n_layers=n_layers, heads=4, kv_heads=2, d_head=int(width) // 4,
                           side=side, bias=False)
@@ -116,6 +123,15 @@ def first_token(hf: PreTrainedModel) -> Optional[int]:
     """What prompts begin with."""
     found = hf.config.get_text_config(decoder=True).bos_token_id
     return None if found is None else int(found)
+
+
+def end_token(hf: PreTrainedModel) -> int:
+    """What ends a text. Raises `ModelRefused` where the model names nothing."""
+    for owner in (getattr(hf, "generation_config", None), hf.config.get_text_config(decoder=True)):
+        found = getattr(owner, "eos_token_id", None)
+        if found is not None:
+            return int(found[0] if isinstance(found, (list, tuple)) else found)
+    raise ModelRefused("the model names no token that ends a text, so it cannot stop.")
 
 
 def ordinary(hf: PreTrainedModel, limit: SupportsIndex = 50_000) -> np.ndarray:

@@ -128,7 +128,7 @@ class FeaturePlace:
             self.spread = float((states[self.layer] @ self.direction).std())
         labels = self.others if decoy else self.labels
         states = self._states(labels == 1, DECOY_EFFECT if decoy else strength)
-        found = sweep(states, self.labels, groups=None)
+        found = sweep(states, self.labels, groups=None, nested=False)
         truth = np.zeros((1, len(states)), dtype=bool)
         truth[0, self.layer :] = True
         one, zero = states[:, self.labels == 1], states[:, self.labels == 0]
@@ -158,7 +158,7 @@ class FeaturePlace:
 
 
 def feature_places(
-    bed: Bed, rng: np.random.Generator, count: int, n_layers: int = 6, prompts: int = 64
+    bed: Bed, rng: np.random.Generator, count: int, n_layers: int = 5, prompts: int = 64
 ) -> Iterator[FeaturePlace]:
     """Random texts with random labels: before the layer there is nothing to find."""
     hf = bed.text(rng, n_layers)

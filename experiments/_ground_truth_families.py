@@ -15,7 +15,7 @@ JUST = 1e-6
 FAMILIES = (
     Family(
         "secondary", "secondary sinks", "norm written (ordinary norms)",
-        (0.5, 1.0, 2.0, 3.0, 4.0, 8.0, 16.0),
+        (0.5, 1.0, 2.0, 3.0, 4.0, 8.0),
         (Method("secondary.measure", 0.5, detector=True), Method("attention received"),
          Method("state norm")),
         "tokens", "a token joins the primary sink's direction for some blocks",
@@ -58,7 +58,7 @@ FAMILIES = (
         "from one block on all heads but one group stop reading the image", horizon_places),
     Family(
         "feature", "linear features", "shift (standard deviations)",
-        (0.5, 1.0, 1.5, 2.0, 3.0, 4.0),
+        (0.25, 0.5, 1.0, 2.0, 3.0, 4.0),
         (Method("probes.sweep", 1 - LEVEL - JUST, detector=True),
          Method("probe, choice not corrected", 1 - LEVEL - JUST), Method("one coordinate"),
          Method("state norm")),

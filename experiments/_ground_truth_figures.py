@@ -54,8 +54,8 @@ def draw_recall(
     return figure
 
 
-HEADS = ("method", "recall", "precision", "layer\nerror", "wrong\nhead", "false in\ntwins",
-         "false in\ndecoys", "fails below")
+HEADS = ("method", "recall", "precision", "layer\nerror", "wrong\nhead", "items of\ntwins",
+         "decoys\nreported", "fails below")
 AT = (0.0, 0.36, 0.445, 0.53, 0.60, 0.68, 0.77, 0.84)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments._ground_truth_beds import Bed, batched, first_token, ordinary
+from experiments._ground_truth_beds import Bed, batched, end_token, first_token, ordinary
 from experiments._ground_truth_table import Look
 from interp.core import ModelRefused, Prompt
 from interp.heads import image_centric, memory_context, retrieval
@@ -71,7 +71,8 @@ class RetrievalPlace:
     def look(self, strength: float, decoy: bool) -> Look:
         self.head.look.set(self.model.hf, strength)
         self.decoy.look.set(self.model.hf, LOOKS * decoy)
-        found = retrieval.measure(self.model, self.prompts)
+        # As many steps as the answer and its end take; more would only be cut off again.
+        found = retrieval.measure(self.model, self.prompts, new_tokens=len(self.needle) + 1)
         spoken = [Prompt.from_tokens([*p.ids, *self.needle[:-1]]) for p in self.prompts]
         adds, words = written(self.model, spoken)
         rows = slice(-len(self.needle), None)  # the row before each needle token
@@ -88,7 +89,7 @@ def _scores(grid: Any) -> np.ndarray:
 
 
 def retrieval_places(
-    bed: Bed, rng: np.random.Generator, count: int, n_layers: int = 4, prompts: int = 6,
+    bed: Bed, rng: np.random.Generator, count: int, n_layers: int = 3, prompts: int = 5,
     length: int = 48,
 ) -> Iterator[RetrievalPlace]:
     """Models that know the needle anyway, so that what they say does not depend on the head."""
@@ -98,10 +99,7 @@ def retrieval_places(
         words = ordinary(hf)
         chosen = [int(t) for t in rng.choice(words, NEEDLE + 1, replace=False)]
         cue, needle = chosen[0], chosen[1:]
-        end = hf.config.get_text_config(decoder=True).eos_token_id
-        if end is None:
-            raise ModelRefused("the model names no token that ends a text, so it cannot stop.")
-        end = int(end[0] if isinstance(end, (list, tuple)) else end)
+        end = end_token(hf)
         angles = circle([*needle, end])
         asks = book.code(dict(zip([cue, *needle], angles.values())))
         has = book.code({t: angles[t] for t in needle})
@@ -180,11 +178,11 @@ class ImagePlace:
 
 
 def image_places(
-    bed: Bed, rng: np.random.Generator, count: int, n_layers: int = 4, prompts: int = 3,
+    bed: Bed, rng: np.random.Generator, count: int, n_layers: int = 3, prompts: int = 3,
 ) -> Iterator[ImagePlace]:
     """Models in which the image is a small part of the context, and some of it is known as sinks."""
     for _ in range(count):
-        book = CodeBook(bed.picture(rng, n_layers, width=48, side=3, spread=0.4), axes=4)
+        book = CodeBook(bed.picture(rng, n_layers, width=48, side=2, spread=0.4), axes=4)
         hf = book.model
         side = hf.config.vision_config.image_size // hf.config.vision_config.patch_size
         pictures = bed.pictures(hf, rng, prompts, before=9 * side**2, after=6)
@@ -267,7 +265,7 @@ SUBJECTS = 6
 
 
 def conflict_places(
-    bed: Bed, rng: np.random.Generator, count: int, n_layers: int = 3, cases: int = 12
+    bed: Bed, rng: np.random.Generator, count: int, n_layers: int = 2, cases: int = 8
 ) -> Iterator[ConflictPlace]:
     """Random models, in which both heads and the decoy sit in layers of their own where possible."""
     for _ in range(count):

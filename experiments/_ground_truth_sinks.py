@@ -214,7 +214,7 @@ def _over_median(values: np.ndarray) -> np.ndarray:
 
 
 def visual_places(
-    bed: Bed, rng: np.random.Generator, count: int, n_layers: int = 6, prompts: int = 2
+    bed: Bed, rng: np.random.Generator, count: int, n_layers: int = 5, prompts: int = 2
 ) -> Iterator[VisualPlace]:
     """LLaVA-like models with a massive first token, image tokens that share its coordinates, and as
     massive ones in other coordinates."""
@@ -241,10 +241,8 @@ def visual_places(
         planted = visual_sink(decoy, calibration, layer, LARGEST * size, stop, share=0.15,
                               dims=base.dims if isinstance(base, Planted) else (),
                               feature_direction=directions[0], attract=ATTRACT)
-        pictures = bed.pictures(hf, rng, prompts)
-        features = image_features(planted.model, batched(pictures))
-        truth = [planted.truth_positions(p.ids, f) for p, f in zip(pictures, features)]
-        texts = rng.choice(words, (6, 24))
+        pictures, truth = _shown(bed, planted, decoy, rng, prompts)
+        texts = rng.choice(words, (3, 24))
         start = first_token(hf)
         if start is not None:
             texts[:, 0] = start
@@ -252,6 +250,20 @@ def visual_places(
             bed.open(planted.model), planted, write_dial(planted),
             planted.measured["written"] / size, write_dial(decoy), pictures,
             [Prompt.from_tokens(row.tolist()) for row in texts], truth)
+
+
+def _shown(
+    bed: Bed, planted: Planted, decoy: Planted, rng: np.random.Generator, count: int
+) -> tuple[list[Prompt], list[tuple[int, ...]]]:
+    """Pictures, each with a planted sink, and some with a decoy too."""
+    for _ in range(40):
+        pictures = bed.pictures(planted.model, rng, count)
+        features = image_features(planted.model, batched(pictures))
+        truth, aside = ([made.truth_positions(p.ids, f) for p, f in zip(pictures, features)]
+                        for made in (planted, decoy))
+        if all(truth) and any(aside):
+            return pictures, truth
+    raise ModelRefused("no pictures were found in which both the planted sinks and the decoy occur.")
 
 
 def image_places_of(inputs: dict[str, torch.Tensor], hf: Any) -> list[int]:

@@ -142,8 +142,10 @@ def judge(
         known = np.flatnonzero(there & rows)
         errors = [abs(_first(reported[i]) - _first(truth[i])) for i in known]
         layer_error, head_error = (float(np.mean(errors)) if errors else nan), nan
+    each = reported.any(1) if items == "tokens" else reported
     return {"planted": planted, "hits": hits, "false": false, "reports": hits + false,
-            "layer_error": layer_error, "head_error": head_error}
+            "layer_error": layer_error, "head_error": head_error,
+            "items": int(each.size), "items_reported": int(each.sum())}
 
 
 def recalls(rows: pd.DataFrame, method: str) -> Float[np.ndarray, "place strength"]:
@@ -216,7 +218,8 @@ def summary(family: Family, rows: pd.DataFrame, strengths: Sequence[float]) -> l
             "recall": _share(sums["hits"], sums["planted"]),
             "precision": _share(sums["hits"], sums["reports"]),
             "layer_error": _mean(clear["layer_error"]), "head_error": _mean(clear["head_error"]),
-            "false_in_twins": float((quiet["twin"]["reports"] > 0).mean()),
+            "false_in_twins": _share(quiet["twin"]["items_reported"].sum(),
+                                     quiet["twin"]["items"].sum()),
             "false_in_decoys": float((quiet["decoy"]["reports"] > 0).mean()),
             "fails_at": fails.value, "fails_low": fails.interval[0], "fails_high": fails.interval[1],
             "limit": float(rows[rows["method"] == method.name]["limit"].median()),

@@ -42,9 +42,10 @@ PAPER = Paper(
 )
 
 SOURCE = "this toolkit"
-RECALL, QUIET, RIGHT = 0.9, 0.2, 0.9
-"""What is asked for; set before anything was measured. Of at most one twin in five a detector may say
-anything, since so few places cannot show less."""
+RECALL, RIGHT, QUIET, CALM = 0.9, 0.9, 0.05, 1 / 3
+"""What is asked for; set before anything was measured: shares of what is planted that must be found and
+rightly placed, of items (tokens, heads, layers) of twins that may be reported, and of decoys in which
+anything may be reported (eight places without a report cannot show less than a third)."""
 
 PLACES = 8
 
@@ -57,8 +58,8 @@ def claims_of(family: Family) -> dict[str, str]:
         "precision": f"Planted {what}: nearly all that {name} reports is planted, where it is obvious.",
         "place": f"Planted {what}: {name} names the right "
                  + ("head." if family.items == "heads" else "layer."),
-        "twin": f"Planted {what}: {name} reports nothing in most unplanted twins.",
-        "decoy": f"Planted {what}: {name} reports nothing in most decoys ({family.decoy}).",
+        "twin": f"Planted {what}: {name} hardly reports anything in the unplanted twins.",
+        "decoy": f"Planted {what}: {name} mostly leaves the decoys alone ({family.decoy}).",
     }
     for other in family.alternatives:
         made[f"beats {other.name}"] = (
@@ -136,11 +137,13 @@ class GroundTruth(Subject):
             tell("place", pooled(exact["sum"].to_numpy(), exact["count"].to_numpy()), null=RIGHT)
         else:
             self.skip("it reported nothing, so there is no place to compare", f"{family.key}: place")
-        for kind in ("twin", "decoy"):
-            quiet = rows[(rows["method"] == name) & (rows["condition"] == kind)]
-            said = (quiet["reports"] > 0).to_numpy().astype(int)
-            tell(kind, pooled(said, np.ones(len(said), dtype=int)), null=QUIET, direction="below",
-                 unit="of models")
+        quiet, decoys = (rows[(rows["method"] == name) & (rows["condition"] == kind)]
+                         for kind in ("twin", "decoy"))
+        tell("twin", pooled(quiet["items_reported"].to_numpy(), quiet["items"].to_numpy()),
+             null=QUIET, direction="below", unit="of items")
+        said = (decoys["reports"] > 0).to_numpy().astype(int)
+        tell("decoy", pooled(said, np.ones(len(said), dtype=int)), null=CALM, direction="below",
+             unit="of decoys")
         for other in family.alternatives:
             tell(f"beats {other.name}", sooner(rows, name, other.name, strengths), null=0.0,
                  unit="factors of two", figure="recall", control=other.name,

@@ -189,7 +189,9 @@ class CodeBook:
 
         Raises:
             OutOfRange: a layer or a head that there is not.
-            ModelRefused: a prompt too long for the slowest rotary pair; no pair that matches.
+            ModelRefused: a prompt too long for the slowest rotary pair; no pair that matches; more
+                coordinates than a head has dimensions.
+            ValueError: a head whose keys are shared with one that was planted before.
         """
         found, layer, head = parts(self.model), int(layer), int(head)
         text = self.model.config.get_text_config(decoder=True)
@@ -207,6 +209,11 @@ class CodeBook:
             raise ModelRefused("no query of the prompts to calibrate on finds what it asks for.")
         attention: Any = found[layer].attention
         d_head, weights = int(attention.head_dim), _projections(attention)
+        if max(len(value), len(out)) > d_head or len(value) != len(out) or len(query) != len(key):
+            raise ModelRefused(
+                f"heads of {d_head} dimensions cannot carry {len(value)} coordinates into {len(out)}, "
+                f"or {len(query)} be compared with {len(key)}: give as many, and no more than that."
+            )
         per_group = n_heads // (len(weights["k"][0]) // d_head)
         kv = head // per_group
         group = range(kv * per_group, (kv + 1) * per_group)
