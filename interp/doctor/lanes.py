@@ -50,9 +50,12 @@ def open_lanes(model: Model, report: Report, wanted: Optional[Sequence[str]] = N
 
 
 def prove_sites(model: Model, report: Report, quick: bool = False) -> None:
-    """Prove every site in the first, the middle and the last layer (quick: in the middle)."""
+    """Prove every site in the first, the middle and the last layer (quick: in the middle).
+
+    Traces of nnsight take long, so there only what opening the lane has proven is told.
+    """
     proofs = {model.n_layers // 2: model.proofs()}
-    if not quick:
+    if not quick and model.lane in ("hf", "bridge"):
         for layer in sorted({0, model.n_layers - 1} - set(proofs)):
             proofs[layer] = _proofs(model, layer)
     for name in NAMES:
@@ -196,10 +199,10 @@ def _sites(lane: Model, prompt: Prompt) -> Optional[Parity]:
     except UndertowError:
         return None
     names = [n for n in lane.sites() if n in other.sites()]
+    mine, theirs = (m.run(prompt, read=names, logits="none").reads for m in (lane, other))
     worst: Optional[Parity] = None
     for name in names:
-        a, b = (torch.tensor(m.run(prompt, read=name, logits="none").reads[name].values).float()
-                for m in (lane, other))
+        a, b = (torch.tensor(reads[name].values).float() for reads in (mine, theirs))
         if name in PAIRS:
             a, b = (x.nan_to_num(0.0, 0.0, 0.0) for x in (a, b))
         found = _parity(lane, "lane 'hf'", "values of sites", a, b, worst=name)

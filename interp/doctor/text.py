@@ -64,10 +64,13 @@ def _sites(report: Report) -> list[str]:
                 cells.append(" ".join(word for word, yes in (("read", one.readable),
                                                              ("write", one.writable)) if yes) or "-")
         rows.append([site, *cells])
-    tried = sorted({layer for row in report.sites for layer in row.layers})
+    tried: dict[tuple[int, ...], list[str]] = {}
+    for lane in lanes:
+        layers = tuple(sorted({n for r in report.sites if r.lane == lane for n in r.layers}))
+        tried.setdefault(layers, []).append(lane)
     found = _table([["site", *lanes], *rows])
-    if tried:
-        found.append(f"proven in layer {', '.join(map(str, tried))}")
+    found += [f"proven in layer {', '.join(map(str, layers))} ({', '.join(names)})"
+              for layers, names in tried.items() if layers]
     found += [f"{lane.name}: closed ({lane.reason})" for lane in report.lanes if not lane.available]
     return found
 
