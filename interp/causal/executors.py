@@ -8,16 +8,18 @@ resuming: a worker that dies leaves its finished cells there, and another one is
 import contextlib
 import os
 import time
+import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Protocol, SupportsIndex, runtime_checkable
+from typing import Any, Optional, Protocol, SupportsIndex, Union, runtime_checkable
 
 import torch
 
 from interp.causal.cells import fingerprint
 from interp.core import ModelRefused, UndertowError, WorkerDied
+from interp.core.result import write_atomically
 from interp.models.model import Model
 from interp.models.open import DTYPES, open_model
 from interp.organisms import registry
@@ -52,6 +54,38 @@ class Executor(Protocol):
     def run(self, model: Model, work: Work) -> None: ...
 
 
+class Together:
+    """Work of a sweep that divides itself: every worker runs all of it, each cell is computed once.
+
+    It is for sweeps that claim cells in their folder (`Cells.fill`), and so skip what others have
+    claimed and end when all is there. Parts stand for workers, and are finished when one of them
+    has come to the end.
+
+    Args:
+        run: is called with the model and runs the sweep in `folder`; it is sent to workers.
+        parts: how many may work at a time.
+    """
+
+    def __init__(
+        self, folder: Union[str, Path], run: Callable[[Model], Any], parts: SupportsIndex = 1 << 10
+    ) -> None:
+        self.folder, self._run, self.parts = Path(folder).absolute(), run, int(parts)
+        self._mark = f".{uuid.uuid4().hex}.end"
+
+    def missing(self) -> list[int]:
+        """All parts, until one of them has come to the end."""
+        return [] if (self.folder / self._mark).exists() else list(range(self.parts))
+
+    def compute(self, model: Model, numbers: Sequence[int]) -> None:
+        """Run the sweep, and leave a mark when it has come to the end."""
+        self._run(model)
+        write_atomically(self.folder / self._mark, "")
+
+    def clean(self) -> None:
+        """Remove the mark."""
+        (self.folder / self._mark).unlink(missing_ok=True)
+
+
 @dataclass(frozen=True)
 class InProcess:
     """The executor that computes all cells here, as a sweep without an executor does."""
@@ -59,6 +93,8 @@ class InProcess:
     def run(self, model: Model, work: Work) -> None:
         """Finish the cells that are missing."""
         work.compute(model, list(work.missing()))
+        if isinstance(work, Together):
+            work.clean()
 
 
 def in_process() -> InProcess:
@@ -126,6 +162,8 @@ class Jobs:
     def run(self, model: Model, work: Work) -> None:
         """Have the missing cells finished by workers."""
         missing = list(work.missing())
+        if isinstance(work, Together):
+            missing = missing[: self.workers]
         if not missing:
             return
         opening = opening_of(model, self.device)
@@ -137,6 +175,8 @@ class Jobs:
             submitting.cancel()
             raise
         submitting.clean()
+        if isinstance(work, Together):
+            work.clean()
 
     def _watch(self, work: Work, submitting: "_Submitting", shares: list[_Share]) -> None:
         submitting.submit(shares)
@@ -163,8 +203,9 @@ class Jobs:
         if lost:
             share, said = lost[0]
             count = sum(len(one.cells) for one, _ in lost)
+            what = "the last cells" if isinstance(work, Together) else f"{count} cells"
             raise WorkerDied(
-                f"{count} cells are not finished: their worker died {share.deaths} times in a row "
+                f"{what} are not finished: their worker died {share.deaths} times in a row "
                 f"({said}). What is finished stays in {str(work.folder)!r}, with the logs in 'jobs'; "
                 "give workers more memory or time, and start the sweep again to go on."
             )

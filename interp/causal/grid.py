@@ -11,6 +11,7 @@ questions; this is the exhaustive grid.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional, SupportsIndex, Union
 
@@ -22,6 +23,7 @@ from interp.causal import memory
 from interp.causal.cell_makers import Cell, Cells, _Tokens
 from interp.causal.cells import Cells as Kept
 from interp.causal.cells import describe, subject
+from interp.causal.executors import Executor, Together
 from interp.causal.metrics import Metric, key_of, why_not_last_row
 from interp.causal.passes import Passes
 from interp.causal.plan import Plan
@@ -55,6 +57,14 @@ class _Share:
     need: float = 0.0
 
 
+def _run(
+    prompts: Sequence[Prompt], cells: Cells, metric: Metric, folder: Path,
+    batch_size: Optional[SupportsIndex], model: Model,
+) -> None:
+    """In a worker: the whole sweep, of which other workers do their share."""
+    Sweep(model, prompts, cells, metric, folder=folder, batch_size=batch_size).run()
+
+
 class Sweep:
     """Cells of one kind in some prompts, and a metric.
 
@@ -74,6 +84,7 @@ class Sweep:
             one with whole passes.
         folder: where finished cells are kept; a sweep that was killed goes on there.
         batch_size: cells that share a pass; found if None, halved where memory runs out.
+        executor: who computes the cells; `interp.causal.executors.Jobs(4)` for four workers, say.
 
     Raises:
         PromptError: no prompts, or a metric of texts of its own.
@@ -83,7 +94,7 @@ class Sweep:
     def __init__(
         self, model: Model, prompts: Sequence[Prompt], cells: Cells, metric: Metric, *,
         folder: Union[str, Path, None] = None, batch_size: Optional[SupportsIndex] = None,
-        progress: bool = False,
+        executor: Optional[Executor] = None, progress: bool = False,
     ) -> None:
         self.model, self.prompts, self.cells, self.metric = model, list(prompts), cells, metric
         if not self.prompts:
@@ -94,7 +105,9 @@ class Sweep:
         if isinstance(cells, _Tokens) and cells.how not in REMOVALS:
             raise PromptError(f"cannot remove by {cells.how!r}; choose one of: {', '.join(REMOVALS)}.")
         self.folder = None if folder is None else Path(folder)
-        self.batch_size, self.progress = batch_size, progress
+        self.batch_size, self.progress, self.executor = batch_size, progress, executor
+        if executor is not None and folder is None:
+            raise ValueError("an executor needs folder=...: its workers put finished cells there.")
         self.reads_more = why_not_last_row(metric)
         self.spent = 0.0
         self._prepared = False
@@ -113,6 +126,11 @@ class Sweep:
         prompt does not have are NaN."""
         found: dict[tuple[int, ...], dict[int, np.ndarray]] = {}
         self.spent = 0.0
+        if self.executor is not None and self.folder is not None:
+            Kept(self.folder, subject(self.model, self.prompts))  # refused before workers start
+            self.executor.run(self.model, Together(self.folder, partial(
+                _run, self.prompts, self.cells, self.metric, self.folder.absolute(),
+                self.batch_size)))
         for number, labels, value in self._values():
             found.setdefault(labels, {})[number] = value
         plain = np.stack([found[()][number] for number in range(len(self.prompts))])

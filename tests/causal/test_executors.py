@@ -14,8 +14,10 @@ import torch
 
 import interp
 from interp.causal import executors, sweep
+from interp.causal.cell_makers import every_head
 from interp.causal.cells import HEADER
 from interp.causal.executors import Jobs, deal, in_process, opening_of
+from interp.causal.grid import Sweep
 from interp.causal.metrics import AnswerLogProb, LogitDifference
 from interp.core import ModelRefused, WorkerDied
 from interp.models.model import Model
@@ -184,6 +186,43 @@ def test_a_cell_that_kills_every_worker_is_given_up_and_all_others_are_finished(
     found = run(model, tmp_path / "a", metrics=[killing])
     assert np.array_equal(found["log_prob"], alone["log_prob"])
     assert len((tmp_path / "deaths.passes").read_text().split()) == before + 1
+
+
+class Whole:
+    """A sweep that divides itself by claims."""
+
+    def __init__(self, metric, folder):
+        self.metric, self.folder = metric, folder
+
+    def __call__(self, model):
+        run(model, self.folder, metrics=[self.metric])
+
+
+@pytest.mark.parametrize("deaths", [0, 1])
+def test_a_sweep_that_divides_itself_is_run_by_all_workers_and_each_cell_once(
+        model, alone, forked, tmp_path, deaths):
+    killing = Killing([[5], [7]], "L1H1", deaths, tmp_path / "deaths")
+    work = executors.Together(tmp_path / "a", Whole(killing, tmp_path / "a"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        Jobs(3).run(model, work)
+    begun = (tmp_path / "deaths.passes").read_text().split()
+    assert len(begun) == len(WRITES) + deaths and str(os.getpid()) not in begun
+    found = run(model, tmp_path / "a", metrics=[killing])
+    assert np.array_equal(found["log_prob"], alone["log_prob"])
+    assert len((tmp_path / "deaths.passes").read_text().split()) == len(begun)
+    assert not list((tmp_path / "a").glob(".*"))
+
+
+def test_a_grid_gives_the_same_by_workers(model, forked, tmp_path):
+    def grid(**how):
+        return Sweep(model, PROMPTS, every_head(), METRICS[1], **how).run()["effect"].values
+
+    found = grid(folder=tmp_path / "a", executor=Jobs(2))
+    assert len(forked) == 2 and np.allclose(found, grid(), atol=1e-6, rtol=0)
+    assert np.array_equal(found, grid(folder=tmp_path / "a", executor=in_process()))
+    with pytest.raises(ValueError, match="needs folder="):
+        grid(executor=Jobs(2))
 
 
 def test_an_error_on_purpose_ends_the_sweep_and_its_workers(model, forked, tmp_path):
