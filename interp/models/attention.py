@@ -221,15 +221,17 @@ def session_attention(
             z = _by_rows(session, layer, row, q, k, v, mask, given, reducers)
         else:
             seen = _Visible(mask, row, edits if blocked else None, layer, now)
-            fused = given["softcap"] is None and given["sinks"] is None
+            rows = chosen_queries(reducers, mask.q_offset, q.shape[2])
+            fused = rows is not None or _apart(q, mask, given, blocked)
             if fused or not reducers:
                 z = attention_output(q, k, v, mask, row, given, seen if blocked else None)
             if reducers:
+                some = slice(None) if rows is None else [row - mask.q_offset for row in rows]
                 streamed = stream(
-                    q, k, v, reducers=reducers, mask=seen.mask(), scaling=given["scaling"],
-                    softcap=given["softcap"], sink_logits=given["sinks"],
-                    query_offset=mask.q_offset, key_offset=mask.kv_offset, layer=layer,
-                    want_output=not fused,
+                    q[:, :, some], k, v, reducers=reducers, mask=seen.mask(),
+                    scaling=given["scaling"], softcap=given["softcap"], sink_logits=given["sinks"],
+                    query_offset=mask.q_offset if rows is None else None, query_positions=rows,
+                    key_offset=mask.kv_offset, layer=layer, want_output=not fused,
                 )
                 z = z if fused else streamed.output
         z = z[0].transpose(0, 1)
@@ -241,6 +243,29 @@ def session_attention(
         if session.want(layer, "z"):
             session.keep(layer, "z", outputs[-1][None])
     return torch.stack(outputs)
+
+
+def chosen_queries(reducers: list, first: int, n: int) -> Optional[list[int]]:
+    """The queries of this pass that any of the statistics looks at; None if that is all of them."""
+    wanted = [reducer.only_rows() if hasattr(reducer, "only_rows") else None
+              for reducer in reducers]
+    if not wanted or any(where is None for where in wanted):
+        return None
+    queries = torch.arange(first, first + n)
+    some = torch.stack([where.among(queries) for where in wanted]).any(0)
+    # One row at least, so that a statistic knows that there was a pass, and how long it was.
+    some[-1] = True
+    return None if bool(some.all()) else queries[some].tolist()
+
+
+def _apart(q: Tensor, mask: LazyMask, given: dict[str, Any], blocked: bool) -> bool:
+    """Whether the output is computed by a fused kernel, apart from the statistics.
+
+    On a CPU the logits are computed once for both, where no row can be left without a key.
+    """
+    if given["softcap"] is not None or given["sinks"] is not None:
+        return False
+    return q.device.type != "cpu" or blocked or mask.named() is None
 
 
 class _Visible:

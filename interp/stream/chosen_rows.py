@@ -5,7 +5,7 @@ differ from prompt to prompt, and come back as the statistic "segments".
 """
 
 from collections.abc import Iterable, Mapping
-from typing import SupportsIndex
+from typing import Optional, SupportsIndex
 
 import numpy as np
 import torch
@@ -32,6 +32,10 @@ class ChosenRows(Reducer):
 
     def sizes(self) -> dict[str, int]:
         return {"row": len(self.rows)}
+
+    def only_rows(self) -> Optional[Where]:
+        """As in `Reducer`."""
+        return Where(self.rows, "rows")
 
     def _slots(self, tile: Tile) -> tuple[list[int], list[int]]:
         """Rows of the tile that are wanted, and their places in the state."""

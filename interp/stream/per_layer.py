@@ -18,7 +18,8 @@ class PerLayer:
 
     Attributes:
         name: of the statistic that is made, in every case the same.
-        make: (number of the prompt in the run, block number) -> reducer, used once.
+        make: (number of the prompt in the run, block number) -> reducer, used once; None where
+            it is not wanted, for every prompt in the same blocks: those cost nothing then.
     """
 
     name: str

@@ -54,6 +54,10 @@ class Received(Reducer):
     def dtype(self, entry: str) -> torch.dtype:
         return torch.int64 if entry == "count" else torch.float64
 
+    def only_rows(self) -> Optional[Where]:
+        """As in `Reducer`."""
+        return self.subset
+
     def _add(self, tile: Tile) -> None:
         w, columns = tile.weights, tile.columns
         chosen = None if self.subset is None else self.subset.among(tile.query_positions)

@@ -53,6 +53,10 @@ class Reducer:
         """The type of an entry of the state."""
         return torch.float64
 
+    def only_rows(self) -> Optional["Where"]:
+        """The only queries that this statistic looks at, None for all: others are not computed."""
+        return None
+
     def register(
         self, batch: int, n_heads: int, queries: Sequence[int], n_keys: int,
         device: Optional[torch.device] = None,

@@ -16,6 +16,7 @@ from interp.stream.reducers import (
     SegmentMass,
     TopKeys,
     ValueWeighted,
+    _first_largest,
     by_name,
 )
 from interp.stream.tiles import Tile, stream
@@ -266,3 +267,15 @@ def test_only_sums_are_kept_never_a_matrix():
     for reducer in made:
         held = sum(x.numel() for x in reducer._state.values())
         assert held <= 4 * 300 * 5, reducer.name
+
+
+def test_the_first_of_equal_largest_weights_is_found_in_rows_of_any_width():
+    generator = torch.Generator().manual_seed(11)
+    for width in (1, 63, 64, 65, 128, 150, 640, 641):
+        weights = torch.randint(0, 4, (37, width), generator=generator).float()
+        weights[3] = 0.0
+        weights[4, -1] = 9.0
+        value, index = _first_largest(weights)
+        largest = weights.max(-1, keepdim=True).values
+        places = torch.arange(width).expand_as(weights).masked_fill(weights != largest, width)
+        assert torch.equal(value, largest) and torch.equal(index, places.amin(-1, keepdim=True))
