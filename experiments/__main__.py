@@ -1,7 +1,6 @@
 """The command line: `python -m experiments list`, `run PAPER...`, `report`."""
 
 import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from rich.text import Text
 from experiments._outcome import Outcome, find, slug
 from experiments._output import execute, finished, tidy
 from experiments._paper import Experiment, Settings, SettingsError, check_names, load, names
+from experiments._side_by_side import Child
 from interp.core import UndertowError
 from interp.core.result import write_atomically
 from interp.figures import report as html
@@ -155,7 +155,7 @@ def _side_by_side(
 
     What a process prints is shown when it has failed. Ctrl-C ends all of them.
     """
-    running: list[subprocess.Popen] = []
+    running: list[Child] = []
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
 
     def one(name: str) -> tuple[str, int, str]:
@@ -166,7 +166,9 @@ def _side_by_side(
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            tasks = [pool.submit(one, name) for name in wanted]
+            # The long ones first, so that none of them is left alone at the end.
+            tasks = [pool.submit(one, name) for name in
+                     sorted(wanted, key=lambda name: not load(name).paper.long)]
             for number, task in enumerate(as_completed(tasks), 1):
                 name, code, said = task.result()
                 typer.echo(f"[{number}/{len(wanted)}] {name}: {'failed' if code else 'done'}", err=True)
@@ -180,12 +182,9 @@ def _side_by_side(
             raise
 
 
-def _start(words: Sequence[str], threads: str) -> subprocess.Popen:
+def _start(words: Sequence[str], threads: str) -> Child:
     """This program once more, with other words; what it says is kept for the one who waits."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "experiments", *words],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)})
+    return Child(words, threads, [f"experiments.{words[1]}"])
 
 
 def _place(model: Optional[list[str]], tiny: bool, figure: Optional[list[str]]) -> Path:

@@ -46,6 +46,7 @@ class Paper:
         figures: name -> caption, in the order in which they are shown.
         models: what it runs on when no `--model` is given.
         trains: whether `--train` means anything to it.
+        long: whether it takes most of a minute: it then begins first where several run side by side.
     """
 
     key: str
@@ -55,6 +56,7 @@ class Paper:
     figures: Mapping[str, str]
     models: tuple[str, ...] = ()
     trains: bool = False
+    long: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.key):

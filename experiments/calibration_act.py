@@ -35,6 +35,7 @@ PAPER = Paper(
         "heads": "Change of the answer's log probability when one head is calibrated.",
     },
     models=("reader", "backcopy-1l"),
+    long=True,
 )
 (SOURCE,) = PAPER.sources
 SEEDS = 5

@@ -39,6 +39,7 @@ PAPER = Paper(
                  "strengths, share of twins and decoys with a false report, failing strength.",
     },
     models=(RANDOM,),
+    long=True,
 )
 
 SOURCE = "this toolkit"

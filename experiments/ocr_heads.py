@@ -49,6 +49,7 @@ PAPER = Paper(
         "two best OCR heads (and in two random heads), by where the rest goes.",
     },
     models=("looker", questions.PLANTED),
+    long=True,
 )
 SOURCE = PAPER.sources[0]
 

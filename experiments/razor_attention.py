@@ -41,6 +41,7 @@ PAPER = Paper(
         "protected, without and with the compensation token.",
     },
     models=("reader",),
+    long=True,
 )
 (SOURCE,) = PAPER.sources
 SEEDS = 5

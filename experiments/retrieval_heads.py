@@ -44,6 +44,7 @@ PAPER = Paper(
         "succeed and in prompts that fail.",
     },
     models=("reader",),
+    long=True,
 )
 (SOURCE,) = PAPER.sources
 

@@ -49,6 +49,7 @@ PAPER = Paper(
         "planted onset and lifetime, and recall against the strength of the sink.",
     },
     models=(subjects.PLANTED, subjects.PLANTED_READER, "reader"),
+    long=True,
 )
 SINKS, MASSIVE, ALIGNED = PAPER.sources
 

@@ -42,6 +42,7 @@ PAPER = Paper(
         "variants": "Cosine of the head maps of two prompts that differ as said.",
     },
     models=("looker", questions.PLANTED),
+    long=True,
 )
 SOURCE = PAPER.sources[0]
 MIXED = ("color", "shape", "existence", "position", "read")

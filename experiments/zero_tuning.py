@@ -35,6 +35,7 @@ PAPER = Paper(
         "that is scaled.",
     },
     models=("reader",),
+    long=True,
 )
 (SOURCE,) = PAPER.sources
 GAMMAS = (0.1, 0.3, 0.6, 1.0, 2.0, 3.0, 5.0)
