@@ -45,7 +45,7 @@ def per_row(model: Model) -> float:
     heads = 3 * (model.n_heads + 2 * model.n_kv_heads) * model.d_head
     size = torch.finfo(model.dtype).bits // 8
     # Norms are computed in single precision.
-    return size * (6 * model.d_model + 3 * inner + heads) + 8 * model.d_model
+    return float(size * (6 * model.d_model + 3 * inner + heads) + 8 * model.d_model)
 
 
 def per_prompt(model: Model, length: int) -> float:
