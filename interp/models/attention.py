@@ -94,6 +94,12 @@ class LazyMask:
         return seen
 
 
+def _slides(rule: Callable[..., Any], size: int) -> bool:
+    """Whether the mask is a sliding window: past the first `size` keys, the one before is seen."""
+    zero, query, key = (torch.tensor(number) for number in (0, size, size - 1))
+    return bool(rule(zero, zero, query, key))
+
+
 def _make_mask(
     batch_size: int,
     q_length: int,
@@ -116,6 +122,8 @@ def _make_mask(
         plain = "full"
     elif allow_is_causal_skip:
         plain = "causal" if local_size is None else "window"
+        if plain == "window" and not _slides(mask_function, int(local_size)):
+            plain = None  # chunks, as in Llama 4: their size comes under the same name
     return LazyMask(mask_function, q_length, kv_length, q_offset, kv_offset, padding,
                     use_vmap, plain, local_size)
 
