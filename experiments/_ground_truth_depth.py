@@ -3,6 +3,7 @@ born."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +23,10 @@ from probes.sweep import sweep
 SHIFT = 1000.0
 """By how many logits image keys fall where the horizon is exact."""
 
-SHARP = 6.0
-"""Random models say nothing with confidence: their unembedding is this much larger, so that answers
-have probabilities that an image can change."""
+ATTENTIVE, SHARP = 6.0, 3.0
+"""Random models hardly use what they read and say nothing with confidence: what attention writes, and
+the unembedding, are so much larger here, so that every block's reading changes the answer's probability
+and the end of the model is no horizon."""
 
 DECOY_EFFECT = 4.0
 """Standard deviations of the decoy feature, which has nothing to do with the labels."""
@@ -84,7 +86,12 @@ def horizon_places(
 ) -> Iterator[HorizonPlace]:
     """LLaVA-like models whose answer depends on the picture, and one picture for each."""
     for _ in range(count):
-        hf = bed.picture(rng, n_layers, width=32, side=4)
+        hf: Any = bed.picture(rng, n_layers, width=32, side=4)
+        if bed.base is None:
+            with torch.no_grad():
+                for part in parts(hf):
+                    part.attention.o_proj.weight.mul_(ATTENTIVE)
+                hf.get_output_embeddings().weight.mul_(SHARP)
         n_layers = hf.config.get_text_config(decoder=True).num_hidden_layers
         if n_layers < 3:
             raise ModelRefused(f"{n_layers} layers are too few for a horizon within them.")
@@ -100,9 +107,6 @@ def horizon_places(
                    for n, (at, off, change) in dial.weights.items()}
         if not any(len(at) for at, _, _ in weights.values()):
             raise ModelRefused("all heads share their keys, so none can be left reading as a decoy.")
-        if bed.base is None:
-            with torch.no_grad():
-                planted.model.get_output_embeddings().weight.mul_(SHARP)
         yield HorizonPlace(bed.open(planted.model), layer, dial, Dial(weights), prompt,
                            int(rng.integers(1, n_layers)))
 

@@ -22,14 +22,14 @@ FAMILIES = (
         "a token as massive, at cosine 0.6 to the primary", secondary_places),
     Family(
         "visual", "visual sinks", "coordinate written (ordinary norms)",
-        (0.1, 0.2, 0.4, 0.8, 1.6, 6.4),
+        (0.2, 0.4, 0.8, 1.6, 6.4),
         (Method("visual.measure", 0.5, detector=True), Method("attention received"),
          Method("state norm")),
         "tokens", "image tokens are massive in the first token's coordinates",
         "image tokens as massive in other coordinates", visual_places),
     Family(
         "retrieval", "retrieval heads", "logit of the needle token",
-        (0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
+        (1.0, 2.0, 4.0, 8.0, 16.0),
         (Method("retrieval.measure", RETRIEVAL - JUST, detector=True),
          Method("attention on the needle"), Method("unembedding of the answer")),
         "heads", "a head looks at the needle token that is said next",
@@ -43,7 +43,7 @@ FAMILIES = (
         "a head looks at the image's sinks", image_places),
     Family(
         "memory_context", "memory and context heads", "logits written to the answer",
-        (0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+        (0.1, 0.3, 1.0, 3.0, 10.0),
         (Method("memory_context.measure", 1.0, detector=True), Method("attention on the source"),
          Method("unembedding of the answers")),
         "heads", "one head writes what was learned about the subject, one what the text states",
@@ -58,7 +58,7 @@ FAMILIES = (
         "from one block on all heads but one group stop reading the image", horizon_places),
     Family(
         "feature", "linear features", "shift (standard deviations)",
-        (0.25, 0.5, 1.0, 2.0, 3.0, 4.0),
+        (0.5, 1.0, 2.0, 3.0, 4.0),
         (Method("probes.sweep", 1 - LEVEL - JUST, detector=True),
          Method("probe, choice not corrected", 1 - LEVEL - JUST), Method("one coordinate"),
          Method("state norm")),

@@ -35,13 +35,15 @@ def draw_recall(
         line = table[(table["family"] == family.key)
                      & (table["method"] == family.detector.name)].iloc[0]
         if np.isfinite([line["fails_low"], line["fails_high"]]).all():
-            ax.axvspan(max(line["fails_low"], at[0] / 2), min(line["fails_high"], at[-1] * 2),
-                       color=CYCLE[0], alpha=0.12, linewidth=0)
-        ax.axvline(line["fails_at"], color=CYCLE[0], linewidth=0.8, linestyle="--")
+            ax.axvspan(line["fails_low"], line["fails_high"], color=CYCLE[0], alpha=0.12,
+                       linewidth=0)
+        if at[0] <= line["fails_at"] <= at[-1]:
+            ax.axvline(line["fails_at"], color=CYCLE[0], linewidth=0.8, linestyle="--")
         ax.axhline(FAILS, color=color("control"), linewidth=0.6, linestyle=":")
         ax.set_xscale("log", base=2)
-        ax.set(ylim=(-0.05, 1.45), xlim=(at[0] / 2.3, at[-1] * 2.3), title=family.title,
-               xlabel=family.strength)
+        # Room for the legend above the curves.
+        ax.set(ylim=(-0.05, 1.12 + 0.14 * len(family.methods)), xlim=(at[0] / 2.3, at[-1] * 2.3),
+               title=family.title, xlabel=family.strength)
         ax.set_yticks(np.linspace(0, 1, 6))
         shown = list(at)[:: max(1, len(at) // 4)]
         ax.set_xticks(shown, [f"{x:g}" for x in shown])
@@ -56,7 +58,7 @@ def draw_recall(
 
 HEADS = ("method", "recall", "precision", "layer\nerror", "wrong\nhead", "items of\ntwins",
          "decoys\nreported", "fails below")
-AT = (0.0, 0.36, 0.445, 0.53, 0.60, 0.68, 0.77, 0.84)
+AT = (0.0, 0.33, 0.405, 0.495, 0.57, 0.645, 0.725, 0.825)
 
 
 def draw_table(families: Sequence[Family], table: pd.DataFrame) -> Figure:
@@ -89,10 +91,15 @@ def _number(value: Any) -> str:
 
 
 def _fails(line: Any, family: Family) -> str:
-    at, low, high = (float(line[name]) for name in ("fails_at", "fails_low", "fails_high"))
-    if at >= 2 * family.strengths[-1]:
-        return f"fails at all (> {family.strengths[-1]:g})"
-    text = f"{at:.2g}" if at > family.strengths[0] / 2 else f"none (< {family.strengths[0]:g})"
-    if not np.isfinite([low, high]).all() or at <= family.strengths[0] / 2:
-        return text
-    return f"{text} [{low:.2g}, {high:.2g}]"
+    """The failing strength; beyond the strengths that were tried, only the side is known."""
+    at, low, high = (_bounded(float(line[name]), family.strengths) for name in (
+        "fails_at", "fails_low", "fails_high"))
+    return at if "–" in (low, high) or at == low == high else f"{at} [{low}, {high}]"
+
+
+def _bounded(value: float, strengths: Sequence[float]) -> str:
+    if not np.isfinite(value):
+        return "–"
+    if value > strengths[-1]:
+        return f"> {strengths[-1]:g}"
+    return f"< {strengths[0]:g}" if value < strengths[0] else f"{value:.2g}"

@@ -43,10 +43,11 @@ def cell(model: Model, *heads: PlantedHead) -> np.ndarray:
     return found
 
 
-def written(model: Model, prompts: list[Prompt]) -> tuple[np.ndarray, np.ndarray]:
-    """What every head adds to the residual, `[prompt, layer, position, head, d_model]`, and the
-    unembedding `[vocabulary, d_model]`, its mean left out."""
-    z = torch.from_numpy(model.run(prompts, read="z", logits="none").reads["z"].values)
+def written(model: Model, prompts: list[Prompt], last: int) -> tuple[np.ndarray, np.ndarray]:
+    """What every head adds to the residual at the last positions, `[prompt, layer, position, head,
+    d_model]`, and the unembedding `[vocabulary, d_model]`, its mean left out."""
+    read = model.run(prompts, read="z", logits="none").reads["z"]
+    z = torch.from_numpy(read.values[:, :, -last:])
     adds = torch.stack([torch.einsum("pthd,hdm->pthm", z[:, layer],
                                      model.w_o(layer).detach().float().cpu())
                         for layer in range(model.n_layers)], 1)
@@ -74,9 +75,9 @@ class RetrievalPlace:
         # As many steps as the answer and its end take; more would only be cut off again.
         found = retrieval.measure(self.model, self.prompts, new_tokens=len(self.needle) + 1)
         spoken = [Prompt.from_tokens([*p.ids, *self.needle[:-1]]) for p in self.prompts]
-        adds, words = written(self.model, spoken)
-        rows = slice(-len(self.needle), None)  # the row before each needle token
-        said = np.einsum("plthm,tm->lh", adds[:, :, rows], words[list(self.needle)])
+        # The rows before each needle token.
+        adds, words = written(self.model, spoken, len(self.needle))
+        said = np.einsum("plthm,tm->lh", adds, words[list(self.needle)])
         return Look(cell(self.model, self.head), {
             "retrieval.measure": _scores(found["score"]),
             "attention on the needle": _scores(found["on_needle"].mean("sample")),
@@ -89,8 +90,8 @@ def _scores(grid: Any) -> np.ndarray:
 
 
 def retrieval_places(
-    bed: Bed, rng: np.random.Generator, count: int, n_layers: int = 3, prompts: int = 5,
-    length: int = 48,
+    bed: Bed, rng: np.random.Generator, count: int, n_layers: int = 3, prompts: int = 6,
+    length: int = 96,
 ) -> Iterator[RetrievalPlace]:
     """Models that know the needle anyway, so that what they say does not depend on the head."""
     for _ in range(count):
@@ -167,9 +168,9 @@ class ImagePlace:
         self.head.look.set(self.model.hf, strength)
         self.decoy.look.set(self.model.hf, LOOKS * decoy)
         found = image_centric.measure(self.model, self.prompts, self.sinks, chance=False)
-        adds, _ = written(self.model, self.prompts)
-        last = max(self.prompts[0].segment("image").positions) + 1
-        size = np.linalg.norm(adds[:, :, last:], axis=-1).mean((0, 2))
+        after = len(self.prompts[0]) - 1 - max(self.prompts[0].segment("image").positions)
+        adds, _ = written(self.model, self.prompts, after)
+        size = np.linalg.norm(adds, axis=-1).mean((0, 2))
         return Look(cell(self.model, self.head), {
             "image_centric.measure": _scores(found["rate"]),
             "attention on the image": _scores(found["image_mass"].mean(("prompt", "query"))),
@@ -234,7 +235,7 @@ class ConflictPlace:
         level = memory_context.chance(found)
         score = _scores(found["score"])
         clean = [case.clean for case in self.cases]
-        adds, words = written(self.model, clean)
+        adds, words = written(self.model, clean, 1)
         lean = np.stack([words[a] - words[b] for a, b in (case.tokens for case in self.cases)])
         # Toward the stated answer minus the memorized one; a memory head scores below zero.
         direct = np.einsum("plhm,pm->hl", adds[:, :, -1], lean) / len(clean)

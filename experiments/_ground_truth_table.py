@@ -7,7 +7,7 @@ strength 0; and as a decoy, strength 0 with another edit that a detector should 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Optional, Protocol, SupportsFloat
+from typing import Any, Literal, Optional, Protocol, SupportsFloat, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -34,6 +34,7 @@ class Look:
     scores: Mapping[str, Grid]
 
 
+@runtime_checkable
 class Place(Protocol):
     """One planted model."""
 
@@ -110,7 +111,7 @@ def trials(family: Family, places: Iterable[Place], strengths: Sequence[float]) 
 
 def judge(
     items: str, truth: Bool[np.ndarray, "item layer"], scores: Grid, limit: SupportsFloat
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Count what is planted, reported, right and wrong; NaN is never a report.
 
     Example:
