@@ -199,7 +199,8 @@ def draw(found: Result, ax: Axes) -> Axes:
     ax.set_xlabel(str(dim))
     ax.set_ylabel({"auc": "ROC-AUC", "r2": "$R^2$"}.get(found.manifest["metric"], "balanced accuracy"))
     ax.legend()
-    note(ax, f"best: p = {top['p']:.3g}, nested {top['nested_score']:.2f}")
+    nested = f", nested {top['nested_score']:.2f}" if np.isfinite(top["nested_score"]) else ""
+    note(ax, f"best: p = {top['p']:.3g}{nested}")
     return ax
 
 

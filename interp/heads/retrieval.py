@@ -28,6 +28,7 @@ from interp.core.errors import NumericalError, OutOfRange, PromptError, ResultCo
 from interp.core.result import write_atomically
 from interp.core.scores import HeadScores
 from interp.figures import heat
+from interp.figures.style import style
 from interp.heads.decoding_rows import Spoken, answer_ends, spoken_rows
 from interp.models.model import Model
 
@@ -291,6 +292,7 @@ def scores_of(found: Result) -> RetrievalScores:
                            data["eligible"], samples)
 
 
+@style()
 def draw(found: Result | HeadScores, ax: Axes) -> Axes:
     """Head map of the scores in the paper's four bins: 0, below 0.1, below 0.5, from 0.5 on."""
     values = found["score"] if isinstance(found, Result) else found.scores

@@ -6,9 +6,10 @@ has one, its chat template. So the same analysis runs on both.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, SupportsFloat, SupportsIndex
+from typing import Any, SupportsFloat, SupportsIndex, Union
 
 import numpy as np
+from jaxtyping import Float
 from PIL import Image
 
 from interp.core import Prompt, PromptError
@@ -45,7 +46,7 @@ def has_chat(model: Any) -> bool:
 def needles(
     model: Any,
     lengths: Sequence[SupportsIndex],
-    depths: Sequence[SupportsFloat],
+    depths: Union[Sequence[SupportsFloat], Float[np.ndarray, "sample"]],
     rng: np.random.Generator,
     each: int = 1,
 ) -> list[Needle]:
@@ -66,8 +67,9 @@ def needles(
     """
     from interp.organisms import reader
 
+    shares = [float(depth) for depth in depths]
     if speaks(model, reader):
-        made = needle.synthetic(reader.needle, lengths, depths, rng, each=each)
+        made = needle.synthetic(reader.needle, lengths, shares, rng, each=each)
         return [replace(one, prompt=replace(
             one.prompt, tokens=tuple(reader.WORDS[i] for i in one.prompt.ids))) for one in made]
     if model.tokenizer is None:
@@ -75,7 +77,7 @@ def needles(
             f"{model.name} has no tokenizer, so no needle can be hidden in a text for it; save one "
             "beside its weights."
         )
-    return needle.grid(model, lengths, depths, rng, each=each, chat=has_chat(model))
+    return needle.grid(model, lengths, shares, rng, each=each, chat=has_chat(model))
 
 
 @dataclass(frozen=True, eq=False)
