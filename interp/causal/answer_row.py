@@ -76,13 +76,14 @@ def answer_row(
         for at, v in enumerate(variants):
             if edits[v].edits_pattern(layer):
                 alike.setdefault(_content(edits[v], layer), []).append(at)
+        changed, device = weights.clone(), weights.device
         for some in alike.values():
-            rows, device = weights[some].transpose(0, 1), weights.device
+            rows = weights[some].transpose(0, 1)
             made = edits[variants[some[0]]].pattern(
                 layer, rows, torch.full((len(some),), last, device=device), keys.to(device),
                 torch.ones((1, len(some), last + 1), dtype=torch.bool, device=device), now)
-            weights = weights.index_copy(0, torch.tensor(some, device=device), made.transpose(0, 1))
-        return weights
+            changed[some] = made.transpose(0, 1)
+        return changed
 
     return replay_last(model.resumable(prompt), starts, blocked=cut, weights=change).float().cpu()
 

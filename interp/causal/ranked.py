@@ -24,6 +24,7 @@ from interp.causal.metrics import AnswerLogProb, LogitDifference, Metric, check_
 from interp.causal.passes import Passes
 from interp.causal.removal import Removal
 from interp.core import Head, Prompt, PromptError, Result, ablate
+from interp.core.errors import ModelRefused
 from interp.core.prompt import Where
 from interp.models.head_gradients import head_gradients
 from interp.models.last_row import replay_last
@@ -235,9 +236,9 @@ class _Cells:
         prompt = self.prompts[number]
         slope = head_gradients(
             self.model, prompt, lambda logits: self.objective(logits[-1], number)).z
-        variants = Variants(self.model, prompt)
+        variants = self.variants(number)
         base = variants.base
-        self.spent += 1 + BACKWARD + variants.spent / base.prefill
+        self.spent += 1 + BACKWARD
         z = torch.stack([one.float().cpu() for one in base.z])
         spent = base.spent
         rows = self.last_row(base, z).float().cpu()
@@ -246,6 +247,12 @@ class _Cells:
         found = last + self.first_order(base, slope, z, number)
         self.spent += (base.spent - spent) / base.prefill
         return found.double().numpy()
+
+    def variants(self, number: int) -> Variants:
+        """The prompt, run once."""
+        found = Variants(self.model, self.prompts[number])
+        self.spent += found.spent / found.base.prefill
+        return found
 
     def last_row(self, base: Resumable, z: Tensor) -> Tensor:
         raise NotImplementedError
@@ -268,6 +275,13 @@ class _Heads(_Cells):
         self.about = {"by": by}
         if self.value is not None:
             self.spent += len(prompts)
+
+    def variants(self, number: int) -> Variants:
+        before, found = self.passes.spent, self.passes.variants(number)
+        if found is None:
+            raise ModelRefused(str(self.passes.reason))
+        self.spent += (self.passes.spent - before) / found.base.prefill
+        return found
 
     def _instead(self, z: Tensor) -> Tensor:
         """What replaces the outputs of heads, `[layer, head, d_head]`."""
