@@ -127,14 +127,12 @@ def batched(hf: Any) -> Any:
     from nnsight import NNsight
 
     class Rows(NNsight):
-        def _prepare_input(self, ids: Tensor, **kwargs: Any) -> Any:
-            return (ids,), kwargs, len(ids)
+        def _batch_size(self, *inputs: Any, **kwargs: Any) -> int:
+            return sum(len(ids) for ids in inputs)
 
-        def _batch(self, batched_inputs: Any, ids: Tensor, **kwargs: Any) -> Any:
-            if batched_inputs is None:
-                return (ids,), kwargs
-            args, more = batched_inputs
-            return (torch.cat([args[0], ids]),), {**more, **kwargs}
+        def _batch(self, invokes: list[tuple], fn: Any) -> tuple:
+            kwargs = {name: value for _, more in invokes for name, value in more.items()}
+            return (torch.cat([ids for inputs, _ in invokes for ids in inputs]),), kwargs
 
     return Rows(hf)
 

@@ -71,7 +71,8 @@ class _Heads(Cells):
 
     def __post_init__(self) -> None:
         self.kind = self.by if isinstance(self.by, str) else "mean"
-        self.name = f"every head, ablated by {'a given value' if self.kind != self.by else self.by}"
+        by = self.by if isinstance(self.by, str) else "a given value"
+        self.name = f"every head, ablated by {by}"
 
     def prepare(self, model: Model, prompts: Sequence[Prompt]) -> None:
         self.chosen = _heads(self.heads, self.layers, model, model.n_heads)

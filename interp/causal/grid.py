@@ -124,7 +124,7 @@ class Sweep:
         """Compute every cell: `value` and `effect` (value - plain) `[layer, ..., prompt]`, and
         `plain` `[prompt]`; an axis `outcome` comes last for metrics with several. Cells that a
         prompt does not have are NaN."""
-        found: dict[tuple[int, ...], dict[int, np.ndarray]] = {}
+        found: dict[tuple[int, ...], dict[int, Any]] = {}
         self.spent = 0.0
         if self.executor is not None and self.folder is not None:
             Kept(self.folder, subject(self.model, self.prompts))  # refused before workers start
@@ -158,7 +158,7 @@ class Sweep:
     _reason: Optional[str] = None
     _removal: tuple[int, Any] = (-1, None)
 
-    def _values(self) -> Iterator[tuple[int, tuple[int, ...], np.ndarray]]:
+    def _values(self) -> Iterator[tuple[int, tuple[int, ...], Any]]:
         """(prompt, labels, value) of every cell; the labels () are the model as it is."""
         if self.reads_more is not None:
             self._reason = self.reads_more
@@ -178,7 +178,7 @@ class Sweep:
         self.spent += passes.spent
         self._reason = self._reason or passes.reason
 
-    def _compute(self, passes: Passes, number: int, cells: Sequence[Cell]) -> Sequence[np.ndarray]:
+    def _compute(self, passes: Passes, number: int, cells: Sequence[Cell]) -> Sequence[Any]:
         if isinstance(self.cells, _Tokens):
             try:
                 return self._removed(passes, number, cells)
@@ -186,7 +186,7 @@ class Sweep:
                 if self.cells.how != "drop_keep_ids":
                     raise
                 passes.reason = str(error)
-        found: list[np.ndarray] = []
+        found: list[Any] = []
         writes: list[Any] = []
         held = 0
         for place, (_, make) in enumerate(cells):
@@ -200,7 +200,7 @@ class Sweep:
 
     def _removed(
         self, passes: Passes, number: int, cells: Sequence[Cell]
-    ) -> Sequence[np.ndarray]:
+    ) -> Sequence[Any]:
         """Removal has shortcuts of its own."""
         grid = self.cells
         assert isinstance(grid, _Tokens)
@@ -228,7 +228,7 @@ class Sweep:
 
     def _through(
         self, kept: Kept, passes: Passes, number: int, cells: Sequence[Cell]
-    ) -> list[np.ndarray]:
+    ) -> list[Any]:
         """The cells of a prompt that the folder does not hold yet; each pass is kept at once."""
         more = key_of(self.cells.about()) if isinstance(self.cells, _Tokens) else ""
         marks = [key_of(number, self.metric.name, self.metric.shared, describe(make()), more)
@@ -244,7 +244,7 @@ class Sweep:
         kept.fill([[mark] for mark in marks], compute, size)
         return [kept.get(mark) for mark in marks]  # type: ignore[misc]
 
-    def _by_whole_metric(self) -> Iterator[tuple[int, tuple[int, ...], np.ndarray]]:
+    def _by_whole_metric(self) -> Iterator[tuple[int, tuple[int, ...], Any]]:
         """Cell by cell, all prompts in one call of the metric: it says itself what it runs."""
         by_label: dict[tuple[int, ...], dict[int, Any]] = {(): {}}
         for number in range(len(self.prompts)):
@@ -303,8 +303,8 @@ class Sweep:
             need = batch * max(lengths) * memory.per_row(model)
         forwards = whole + sources + (len(lengths) if variants is not None else 0)
         used, unused = self._shortcuts(variants, reason, whole, values)
-        return Plan(self.cells.name, len(labels), len(lengths), values, forwards, resumed, spent,
-                    naive, floor, batch, need / memory.MIB,
+        return Plan(self.cells.name, len(labels), len(lengths), values, forwards, resumed, float(spent),
+                    float(naive), float(floor), batch, need / memory.MIB,
                     memory.available(model.device) / memory.MIB, used, unused)
 
     def _share(

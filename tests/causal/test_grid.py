@@ -227,7 +227,7 @@ def test_batches_are_halved_where_memory_runs_out(opened, monkeypatch, error):
 def test_little_memory_makes_small_batches(opened, monkeypatch):
     model, prompts = opened("llama")
     full = Sweep(model, prompts, every_head(), METRIC).plan()
-    monkeypatch.setattr(memory, "available", lambda device: 40 * 9 * memory.per_row(model))
+    monkeypatch.setattr(memory, "available", lambda device: 20 * 9 * memory.per_row(model))
     small = Sweep(model, prompts, every_head(), METRIC).plan()
     assert full.batch == 18 and 1 <= small.batch < 18 and small.resumed > full.resumed
     assert Sweep(model, prompts, every_head(), METRIC, batch_size=5).plan().batch == 5

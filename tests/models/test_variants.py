@@ -144,6 +144,7 @@ def test_only_what_differs_is_executed(opened):
     assert cost(interp.patch("mlp_out.2", states["mlp_out"][2][[4]], [4])) == 0
     assert cost(interp.block("last", [2], layers=[0])) == pytest.approx(3)
 
+    variants.outcomes([interp.ablate("L1H1")])  # both projections have been found
     calls = []
     handles = [block.module.register_forward_pre_hook(lambda m, args, kw: calls.append(
         (args[0] if args else kw["hidden_states"]).shape[:2]), with_kwargs=True)
