@@ -41,8 +41,17 @@ def test_the_control_is_the_mean_of_random_heads_of_the_same_layers(model, task)
     for one in sets:
         assert sorted(head.layer for head in one) == [0, 0, 2]
         assert not set(one) & {Head(0, 1), Head(0, 4), Head(2, 3), Head(0, 0)}
+    assert len({frozenset(one) for one in sets}) > 1             # not one set three times
     rows = [AnswerLogProb(task[1])(model, task[0], interp.ablate(one)) for one in sets]
     assert np.allclose(found["log_prob"].sel(condition="random"), np.mean(rows, 0))
+
+
+def test_the_control_avoids_what_it_is_told_to_as_far_as_heads_are_left(model, task):
+    barred = ["L0H0", "L0H2", "L0H5"]                            # leaves L0H1 and L0H3
+    found = chosen_heads.measure(model, *task, ["L0H4"], avoid=barred, seeds=12)
+    assert {name for one in found.manifest["random"] for name in one} == {"L0H1", "L0H3"}
+    found = chosen_heads.measure(model, *task, ["L0H4"], avoid=[*barred, "L0H1", "L0H3"], seeds=4)
+    assert {name for one in found.manifest["random"] for name in one} == {"L0H3"}
 
 
 def test_without_heads_left_there_is_no_control_and_none_is_made_up(model, task):
