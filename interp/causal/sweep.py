@@ -49,8 +49,7 @@ def evaluate(
 
     Example:
         >>> import interp
-        >>> from interp.causal.executors import Executor
-from interp.causal.metrics import AnswerLogProb
+        >>> from interp.causal.metrics import AnswerLogProb
         >>> model = interp.open_model("backcopy-1l")
         >>> prompts = [Prompt.from_tokens(range(3, 12))]
         >>> evaluate(model, prompts, [AnswerLogProb([[5]])], [(), interp.ablate("L0H0")])[
@@ -174,8 +173,7 @@ def ablation_sweep(
 
     Example:
         >>> import interp
-        >>> from interp.causal.executors import Executor
-from interp.causal.metrics import AnswerLogProb
+        >>> from interp.causal.metrics import AnswerLogProb
         >>> model = interp.open_model("backcopy-3l")
         >>> prompts = [Prompt.from_tokens(range(3, 12))]
         >>> found = ablation_sweep(model, prompts, AnswerLogProb([[5]]), ["L0H0", "L2H0"],
