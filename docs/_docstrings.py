@@ -1,4 +1,4 @@
-"""How this project's docstrings become Markdown: examples as code, the card of a phenomenon as a list."""
+"""How docstrings become Markdown: examples as code, the card of a phenomenon as a list."""
 
 import re
 from typing import Any

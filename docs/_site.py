@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FIGURES = Path(os.environ.get("FIGURES", ROOT / "figures"))
 EMPTY = """# Gallery
 
-There are no figures in this build. `make figures docs` draws them from the bundled models and builds these
+There are no figures in this build. `make figures docs` draws them and builds these
 pages again; `python -m experiments report` makes one self-contained page of them.
 """
 
