@@ -6,11 +6,11 @@ from typing import Any, Optional, SupportsFloat, SupportsIndex
 import numpy as np
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from interp.core import ModelRefused, Prompt
 from interp.models.model import Model
 from interp.organisms.plant_horizon import as_inputs, picture_prompt, tiny_llava
+from interp.organisms.random_llama import random_llama
 from interp.organisms.surgery import embedding, image_token, projector_of
 
 RANDOM = "random-weights"
@@ -36,23 +36,17 @@ class Bed:
     def text(
         self, rng: np.random.Generator, n_layers: SupportsIndex, width: SupportsIndex = 64,
         spread: SupportsFloat = 0.5,
-    ) -> PreTrainedModel:
+    ) -> nn.Module:
         """A model that reads text; `spread` sizes random weights, so that the residual's norm stays
         near the embedding's (0.5) or attention becomes far from even (1.5)."""
         if self.base is not None:
             return self._decoder()
-        torch.manual_seed(int(rng.integers(2**31)))
-        made = LlamaForCausalLM(LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=int(width), intermediate_size=3 * int(width) // 2,
-            num_hidden_layers=int(n_layers), num_attention_heads=4, num_key_value_heads=2,
-            bos_token_id=BOS, pad_token_id=0, eos_token_id=2, max_position_embeddings=256,
-            initializer_range=float(spread) / int(width) ** 0.5, tie_word_embeddings=False)).eval()
-        return made
+        return random_llama(rng, n_layers, width, spread, vocabulary=VOCABULARY, bos=BOS)
 
     def picture(
         self, rng: np.random.Generator, n_layers: SupportsIndex, *, width: SupportsIndex = 32,
         side: SupportsIndex = 4, spread: SupportsFloat = 1.0,
-    ) -> PreTrainedModel:
+    ) -> nn.Module:
         """A LLaVA-like model. Raises `ModelRefused` where the given one is none."""
         if self.base is not None:
             hf: Any = self._decoder()
@@ -82,11 +76,11 @@ class Bed:
         assert self.base is not None
         if self.base.kind != "decoder":
             raise ModelRefused(f"{self.name} is an encoder; plants need a decoder.")
-        if not isinstance(self.base.hf, PreTrainedModel):
+        if getattr(self.base.hf, "config", None) is None:
             raise ModelRefused(f"{self.name} is no transformers model.")
         return self.base.hf
 
-    def open(self, hf: PreTrainedModel) -> Model:
+    def open(self, hf: nn.Module) -> Model:
         """The model opened, with the weights of `hf` until the next one is."""
         shapes = tuple((n, tuple(p.shape)) for n, p in hf.named_parameters())
         if self.base is not None or shapes not in self._opened:
@@ -101,7 +95,7 @@ class Bed:
         return opened
 
     def pictures(
-        self, hf: PreTrainedModel, rng: np.random.Generator, count: SupportsIndex,
+        self, hf: nn.Module, rng: np.random.Generator, count: SupportsIndex,
         before: SupportsIndex = 3, after: SupportsIndex = 7,
     ) -> list[Prompt]:
         """Prompts of one length with smooth random pictures, whose neighboring patches look alike."""
@@ -119,13 +113,13 @@ class Bed:
         return made
 
 
-def first_token(hf: PreTrainedModel) -> Optional[int]:
+def first_token(hf: nn.Module) -> Optional[int]:
     """What prompts begin with."""
     found = hf.config.get_text_config(decoder=True).bos_token_id
     return None if found is None else int(found)
 
 
-def end_token(hf: PreTrainedModel) -> int:
+def end_token(hf: nn.Module) -> int:
     """What ends a text. Raises `ModelRefused` where the model names nothing."""
     for owner in (getattr(hf, "generation_config", None), hf.config.get_text_config(decoder=True)):
         found = getattr(owner, "eos_token_id", None)
@@ -134,7 +128,7 @@ def end_token(hf: PreTrainedModel) -> int:
     raise ModelRefused("the model names no token that ends a text, so it cannot stop.")
 
 
-def ordinary(hf: PreTrainedModel, limit: SupportsIndex = 50_000) -> np.ndarray:
+def ordinary(hf: nn.Module, limit: SupportsIndex = 50_000) -> np.ndarray:
     """Tokens that mean nothing special."""
     text = hf.config.get_text_config(decoder=True)
     special = {image_token(hf)}
