@@ -63,5 +63,5 @@ FAMILIES = (
          Method("probe, choice not corrected", 1 - LEVEL - JUST), Method("one coordinate"),
          Method("state norm")),
         "layers", "states of one class are shifted along a direction from one layer on",
-        "as large a shift that has nothing to do with the classes", feature_places),
+        "as large a shift that has nothing to do with the classes", feature_places, natural=False),
 )

@@ -63,6 +63,7 @@ class Family:
     `items` says what the rows of a score are. "tokens": positions, found if reported in a layer in
     which they are planted. "heads": every (head, layer) is an item. "layers": there is one row, and
     every layer is an item. "depth": one row; found if the first layer reported is the planted one.
+    `natural`: whether a trained model may have the phenomenon before anything is planted.
     """
 
     key: str
@@ -74,6 +75,7 @@ class Family:
     planted: str
     decoy: str
     places: Callable[..., Iterator[Place]] = field(repr=False)
+    natural: bool = True
 
     @property
     def detector(self) -> Method:
