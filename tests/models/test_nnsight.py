@@ -1,6 +1,8 @@
 """Lane nnsight: one set of weights, sites that are proven and not named, nothing left behind."""
 
 import copy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -63,10 +65,15 @@ def test_a_trace_leaves_the_plain_model_as_it_was_also_when_it_fails(tiny):
     assert not inside.root.interleaver.interleaving and not inside.root.interleaver.mediators
 
 
-def test_nothing_gets_a_save_method(tiny):
-    """nnsight adds one to every object of the process when it is imported."""
-    LaneNNsight(tiny("gpt2"), "mounted")
-    assert not hasattr(object(), "save") and not hasattr(torch.zeros(1), "save")
+def test_nothing_gets_a_save_method():
+    """nnsight adds one to every object of the process when it is imported; here it is taken off.
+
+    In a process of its own: where something else imported nnsight first, the method is its to keep.
+    """
+    script = ("import torch; from interp.models.nnsight_sites import load; load(); "
+              "print(hasattr(object(), 'save'), hasattr(torch.zeros(1), 'save'))")
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["False", "False"]
 
 
 def test_an_edit_in_place_of_a_weight_reaches_the_lane(tiny):
