@@ -10,7 +10,7 @@ def test_the_example_of_the_readme_runs(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     scope: dict = {}
     exec(compile("\n".join(blocks), "README.md", "exec"), scope)
-    assert len(blocks) == 3 and scope["found"]["accuracy"].sel(count=0).min() == 1
+    assert len(blocks) == 4 and scope["sweep"].plan().forwards and scope["found"]["accuracy"].sel(count=0).min() == 1
     assert len(scope["heads"]) == 3
     assert float(scope["change"].abs().max()) > 0
     assert "resid_post" in capsys.readouterr().out
@@ -19,6 +19,6 @@ def test_the_example_of_the_readme_runs(capsys):
 def test_every_path_in_the_readme_exists():
     text = README.read_text()
     root = README.parent
-    paths = re.findall(r"`((?:interp|probes|experiments|docs)/[\w/.-]*)`", text)
+    paths = re.findall(r"`((?:interp|probes|experiments|docs|notebooks)/[\w/.-]*)`", text)
     assert paths and all((root / p).exists() for p in paths), paths
     assert (root / re.search(r"\]\((docs/[\w/.]+png)\)", text)[1]).is_file()
