@@ -81,6 +81,14 @@ def lens(hf: Any, ids: Tensor) -> Callable[[], Tensor]:
     zeros = torch.zeros(*ids.shape, heads, hf.config.hidden_size // heads)
     cache = ActivationCache({f"blocks.{a}.attn.hook_z": zeros for a in range(layers)}, bridge)
 
+    return gathered(lambda metric: patching.get_act_patch_attn_head_out_all_pos(
+        bridge, ids, cache, metric), (layers, heads))
+
+
+def gathered(tool: Callable[[Callable], Any], shape: tuple[int, int]) -> Callable[[], Tensor]:
+    """A tool of TransformerLens, run; what its metric sees of every prompt, cell by cell."""
+    from transformer_lens import patching
+
     def run() -> Tensor:
         rows: list[Tensor] = []
 
@@ -89,8 +97,8 @@ def lens(hf: Any, ids: Tensor) -> Callable[[], Tensor]:
             return rows[-1].mean()
 
         with torch.inference_mode(), quiet(patching):
-            patching.get_act_patch_attn_head_out_all_pos(bridge, ids, cache, metric)
-        return torch.stack(rows).unflatten(0, (layers, heads))
+            tool(metric)
+        return torch.stack(rows).unflatten(0, shape)
     return run
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import _models, _plain
 from benchmarks._race import Contender, Race, Target, measure
-from benchmarks.head_sweep import TOKENS, batched, difference, quiet
+from benchmarks.head_sweep import TOKENS, batched, difference, gathered
 from interp.causal.cell_makers import every_state
 from interp.causal.grid import Sweep
 from interp.causal.metrics import LogitDifference
@@ -73,19 +73,12 @@ def lens(hf: Any, ids: Tensor, other: Tensor) -> Callable[[], Tensor]:
 
     bridge = _models.bridge(hf)
 
-    def run() -> Tensor:
-        rows: list[Tensor] = []
+    def tool(metric: Callable) -> None:
+        _, cache = bridge.run_with_cache(
+            other, names_filter=lambda name: name.endswith("hook_resid_pre"))
+        patching.get_act_patch_resid_pre(bridge, ids, cache, metric)
 
-        def metric(logits: Tensor) -> Tensor:
-            rows.append(difference(logits[:, -1]))
-            return rows[-1].mean()
-
-        with torch.inference_mode(), quiet(patching):
-            _, cache = bridge.run_with_cache(
-                other, names_filter=lambda name: name.endswith("hook_resid_pre"))
-            patching.get_act_patch_resid_pre(bridge, ids, cache, metric)
-        return torch.stack(rows).unflatten(0, (hf.config.num_hidden_layers, ids.shape[1]))
-    return run
+    return gathered(tool, (hf.config.num_hidden_layers, ids.shape[1]))
 
 
 def _states(model: Any, ids: Tensor, layers: int) -> list[Tensor]:

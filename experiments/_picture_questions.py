@@ -20,13 +20,10 @@ from interp.core import Prompt, PromptError
 from interp.heads import ocr
 from interp.models.model import Model
 from interp.organisms import looker
+from interp.organisms.asking import SCALE, SHORT, has_chat, speaks
 from interp.prompts import rendered_text, scenes
 
 PLANTED = visual_sinks.PLANTED
-SCALE = 4
-"""Scenes are enlarged so much for models other than `looker`."""
-
-SHORT = " Answer with one word."
 GENERAL = "what color is it ?"
 """A question that does not name the object."""
 
@@ -90,15 +87,7 @@ def unfit(model: Model, so: str = "") -> str:
 
 def is_looker(model: Model) -> bool:
     """Whether the model speaks the language of scenes."""
-    if model.tokenizer is None:
-        return False
-    return model.tokenizer.get_vocab() == looker.tokenizer().get_vocab()
-
-
-def has_chat(model: Model) -> bool:
-    """Whether there is a chat template."""
-    return bool(getattr(model.tokenizer, "chat_template", None)
-                or getattr(model.processor, "chat_template", None))
+    return speaks(model, looker)
 
 
 def about_scenes(

@@ -6,6 +6,7 @@ import numpy as np
 
 from interp.core import Prompt, PromptError
 from interp.organisms import backcopy, reader
+from interp.organisms.asking import speaks as knows
 from interp.prompts.text import drawable
 
 PLACES = ("harbor", "market", "orchard", "station", "valley", "library", "kitchen", "bridge")
@@ -40,13 +41,6 @@ def code(rng: np.random.Generator) -> str:
         f"        if item['{a}'] > limit:\n            total += item['{b}'] * {k}\n"
         f"    return {{'{b}': total, 'count': len(items)}}\n"
     )
-
-
-def knows(model: Any, language: Any) -> bool:
-    """Whether a model has the vocabulary of a bundled model's language."""
-    if model.tokenizer is None:
-        return False
-    return model.tokenizer.get_vocab() == language.tokenizer().get_vocab()
 
 
 def natural(model: Any, count: int, length: int, rng: np.random.Generator) -> list[Prompt]:

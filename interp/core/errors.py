@@ -66,5 +66,9 @@ class WorkerDied(UndertowError, RuntimeError):
     """Worker processes died, more often than they are started anew; what they finished is kept."""
 
 
+class RemoteRefused(UndertowError, RuntimeError):
+    """A job that the server did not run: no key, not reachable, not deployed, not allowed."""
+
+
 class ClaimError(UndertowError, ValueError):
     """A claim that states more than its evidence allows, or lacks what a verdict needs."""

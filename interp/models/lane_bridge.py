@@ -20,7 +20,7 @@ from interp.models.attention import check_rows
 from interp.models.bridge_sites import Found, candidates, solve
 from interp.models.bridging import build
 from interp.models.edits import Edits, Pass
-from interp.models.lane_hf import LaneHF, probe_ids, shape_of, sink_kind
+from interp.models.lane_hf import LaneHF, call_options, probe_ids, shape_of, sink_kind
 from interp.models.run import Reads
 from interp.models.sites import Block
 from interp.stream.tiles import Tile
@@ -201,11 +201,7 @@ class LaneBridge(LaneHF):
         reducers: Callable, residual_reducers: Callable, numbers: Sequence[int], cache: Any,
         use_cache: bool, logits: str,
     ) -> Any:
-        more: dict[str, Any] = {"use_cache": use_cache}
-        if cache is not None:
-            more["past_key_values"] = cache
-        if logits in ("last", "none"):
-            more["logits_to_keep"] = 1
+        more = call_options(cache, use_cache, logits)
         if not now.decoding:
             self._values = {}
         hooks = _Hooks(self, now, edits, reads, reducers, residual_reducers, numbers)

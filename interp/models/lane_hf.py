@@ -224,11 +224,7 @@ class LaneHF:
         use_cache: bool, logits: str, gradients: bool = False,
     ) -> Any:
         running = Visit(now, edits, reads, reducers, residual_reducers, numbers).session()
-        more: dict[str, Any] = {"use_cache": use_cache}
-        if cache is not None:
-            more["past_key_values"] = cache
-        if logits in ("last", "none"):
-            more["logits_to_keep"] = 1
+        more = call_options(cache, use_cache, logits)
         with ExitStack() as stack:
             stack.enter_context(attend.session(self.attentions, running))
             stack.enter_context(self._hooks(now, edits, reads, residual_reducers, numbers))
@@ -281,6 +277,16 @@ class LaneHF:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def call_options(cache: Any, use_cache: bool, logits: str) -> dict[str, Any]:
+    """What a model is called with besides its inputs, the same in every lane."""
+    more: dict[str, Any] = {"use_cache": use_cache}
+    if cache is not None:
+        more["past_key_values"] = cache
+    if logits in ("last", "none"):
+        more["logits_to_keep"] = 1
+    return more
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from interp.core.site import HEADED, PAIRS
 from interp.models import attention as attend
 from interp.models.bridging import shared_copy
 from interp.models.edits import Edits, Pass
-from interp.models.lane_hf import LaneHF, probe_ids, shape_of, sink_kind
+from interp.models.lane_hf import LaneHF, call_options, probe_ids, shape_of, sink_kind
 from interp.models.nnsight_sites import Call, Explorer, attended, given, wrap
 from interp.models.run import Reads
 from interp.models.sites import first_tensor, hidden_input
@@ -81,11 +81,7 @@ class LaneNNsight(LaneHF):
         reducers: Callable, residual_reducers: Callable, numbers: Sequence[int], cache: Any,
         use_cache: bool, logits: str, gradients: bool = False,
     ) -> Any:
-        more: dict[str, Any] = {"use_cache": use_cache}
-        if cache is not None:
-            more["past_key_values"] = cache
-        if logits in ("last", "none"):
-            more["logits_to_keep"] = 1
+        more = call_options(cache, use_cache, logits)
         visit = Visit(now, edits, reads, reducers, residual_reducers, numbers)
         steps = self.steps(visit)
         with attend.session(self.attentions, visit.session()):

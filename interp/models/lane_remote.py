@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from interp.core.errors import UndertowError
+from interp.core.errors import RemoteRefused, UndertowError
 from interp.core.site import HEADED, PAIRS
 from interp.models import attention as attend
 from interp.models.edits import Edits, Pass
@@ -26,10 +26,6 @@ from interp.models.nnsight_shipped import play
 from interp.models.nnsight_sites import Given, attended, given, load, spelled, with_masks
 from interp.models.run import Reads
 from interp.models.visit import Visit
-
-
-class RemoteRefused(UndertowError, RuntimeError):
-    """A job that the server did not run: no key, not reachable, not deployed, not allowed."""
 
 
 @dataclass

@@ -26,6 +26,7 @@ from interp.core.site import RESIDUAL
 from interp.models import attention as attend
 from interp.models.block_calls import block_arguments, passing
 from interp.models.lane_hf import no_earlier_picture
+from interp.models.row_attention import attended, whole_rows
 from interp.models.sites import first_tensor, hidden_input
 
 Blocked = Callable[[int], Optional[Bool[Tensor, "batch #head query key"]]]
@@ -294,35 +295,16 @@ class _Replaying:
             lent = [x[layer][:, self.context].expand(batch, -1, -1, -1)
                     for x in (base.keys, base.values)]
             k, v = torch.cat([lent[0], k], 2), torch.cat([lent[1], v], 2)
-        group = q.shape[1] // k.shape[1]
         gone = None if self.zeroed is None else self.zeroed(layer)
-        plain = given["softcap"] is None and given["sinks"] is None
-        if gone is None and self.watch is None and plain:
-            made = nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=seen, scale=given["scaling"], enable_gqa=group > 1)
-            return made.transpose(1, 2).contiguous()
-        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+        if gone is None and self.watch is None:
+            return attended(q, k, v, seen, given).contiguous()
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         p = whole_rows(q, k, seen, given)
         if gone is not None:
             p = p.masked_fill(gone.to(p.device), 0.0)
         if self.watch is not None:
             self.watch(layer, p)
         return (p.to(v.dtype) @ v).transpose(1, 2).contiguous()
-
-
-def whole_rows(
-    q: Float[Tensor, "batch head query d_head"], k: Float[Tensor, "batch head key d_head"],
-    seen: Bool[Tensor, "#batch #head query key"], given: dict[str, Any],
-) -> Float[Tensor, "batch head query key"]:
-    """Attention weights with whatever caps the logits or takes a share beside the keys."""
-    scores = q.float() @ k.float().transpose(2, 3) * given["scaling"]
-    if given["softcap"] is not None:
-        scores = torch.tanh(scores / given["softcap"]) * given["softcap"]
-    scores = scores.masked_fill(~seen, float("-inf"))
-    if given["sinks"] is not None:
-        extra = given["sinks"].float().reshape(1, -1, 1, 1).expand(len(q), -1, q.shape[2], 1)
-        scores = torch.cat([scores, extra], -1)
-    return scores.softmax(-1)[..., : k.shape[2]]
 
 
 @contextmanager

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from interp.core.errors import OutOfRange
 from interp.models.edits import Pass
-from interp.models.resume import Resumable, whole_rows
+from interp.models.resume import Resumable
+from interp.models.row_attention import attended
 
 Cuts = Optional[Callable[[int], Optional[Tensor]]]
 """Number of a variant -> which edges are left, `[head, row, key]`; None where none is cut."""
 
-ROOM = 1 << 25
-"""Largest number of attention weights held at once, where whole rows are made."""
 
 
 @dataclass
@@ -185,21 +184,4 @@ def weighted_values(
     given: dict[str, Any],
 ) -> Float[Tensor, "variant row head d_value"]:
     """What the rows read; `seen` `[.., row, key]`, None for causal attention."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    group = q.shape[1] // k.shape[1]
-    if given["softcap"] is None and given["sinks"] is None:
-        made = nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, is_causal=seen is None, scale=given["scaling"],
-            enable_gqa=group > 1)
-        return made.transpose(1, 2)
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    if seen is None:
-        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    step = max(1, ROOM // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
-    parts = [whole_rows(q[:, :, i : i + step], k, _four(seen)[:, :, i : i + step], given).to(v.dtype) @ v
-             for i in range(0, q.shape[2], step)]
-    return torch.cat(parts, 2).transpose(1, 2)
-
-
-def _four(seen: Tensor) -> Tensor:
-    return seen[(None,) * (4 - seen.ndim)]
+    return attended(*(x.transpose(1, 2) for x in (q, k, v)), seen, given)

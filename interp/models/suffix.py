@@ -11,13 +11,14 @@ from typing import Any, Optional
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from interp.core.errors import OutOfRange
 from interp.models import attention as attend
 from interp.models.block_calls import block_arguments
 from interp.models.lane_hf import no_earlier_picture
 from interp.models.resume import Resumable
+from interp.models.row_attention import attended
 from interp.models.sites import first_tensor
 
 
@@ -108,7 +109,7 @@ class _Rows:
         if len(lent):
             k, v = (torch.cat([x[layer][:, lent].expand(batch, -1, -1, -1), own], 2)
                     for x, own in ((self.base.keys, k), (self.base.values, v)))
-        return weighted(q, k, v, self._seen(layer), given)
+        return attended(q, k, v, self._seen(layer), given).contiguous()
 
     def _seen(self, layer: int) -> Bool[Tensor, "batch #head row key"]:
         """What every row sees, made once for all blocks with the same mask."""
@@ -126,26 +127,3 @@ class _Rows:
                 )
             self.seen[id(visible), self.stage] = found
         return found
-
-
-def weighted(
-    q: Float[Tensor, "batch head row d_head"], k: Float[Tensor, "batch kv_head key d_head"],
-    v: Float[Tensor, "batch kv_head key d_value"], seen: Bool[Tensor, "batch #head row key"],
-    given: dict[str, Any],
-) -> Float[Tensor, "batch row head d_value"]:
-    """Attention outputs, fused where nothing but a mask and a scale is asked for."""
-    group = q.shape[1] // k.shape[1]
-    if given["softcap"] is None and given["sinks"] is None:
-        made = nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, scale=given["scaling"], enable_gqa=group > 1)
-        return made.transpose(1, 2).contiguous()
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    scores = q.float() @ k.float().transpose(2, 3) * given["scaling"]
-    if given["softcap"] is not None:
-        scores = torch.tanh(scores / given["softcap"]) * given["softcap"]
-    scores = scores.masked_fill(~seen, float("-inf"))
-    if given["sinks"] is not None:
-        extra = given["sinks"].float().reshape(1, -1, 1, 1).expand(len(q), -1, q.shape[2], 1)
-        scores = torch.cat([scores, extra], -1)
-    p = scores.softmax(-1)[..., : k.shape[2]]
-    return (p.to(v.dtype) @ v).transpose(1, 2).contiguous()

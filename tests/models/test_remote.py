@@ -18,9 +18,8 @@ from nnsight.schema.request import RequestModel
 from nnsight.tracing import tracer as tracing
 
 import interp
-from interp.core.errors import ModelRefused, SiteRefused
+from interp.core.errors import ModelRefused, RemoteRefused, SiteRefused
 from interp.models import open as opening
-from interp.models.lane_remote import RemoteRefused
 from interp.organisms import registry
 
 ORIGINAL = RemoteBackend.request
