@@ -142,6 +142,25 @@ def tiny():
     return _tiny
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+         "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+
+
+def _hooks(hf):
+    return [(name, kind, list(getattr(module, kind))) for name, module in hf.named_modules()
+            for kind in HOOKS]
+
+
+@pytest.fixture(scope="session")
+def hooks():
+    """The hooks of every module of a model, to be compared before and after.
+
+    Not "none at all": transformers leaves some of its own where states were once recorded, and the
+    tiny models are shared by all tests.
+    """
+    return _hooks
+
+
 @pytest.fixture(scope="session")
 def reference() -> Path:
     """The folder of reference data beside the project; the test is skipped without it."""

@@ -189,8 +189,9 @@ def test_edits_of_whole_rows_and_metrics_of_all_rows_run_whole_passes(opened):
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
                                    RuntimeError("DefaultCPUAllocator: not enough memory")])
-def test_batches_are_halved_where_memory_runs_out(opened, monkeypatch, error):
+def test_batches_are_halved_where_memory_runs_out(opened, hooks, monkeypatch, error):
     model, prompts = opened("llama")
+    hooked = hooks(model.hf)
     expected = Sweep(model, prompts, every_head(), METRIC).run()["value"]
     sizes, real = [], Variants.run
 
@@ -214,7 +215,7 @@ def test_batches_are_halved_where_memory_runs_out(opened, monkeypatch, error):
     monkeypatch.setattr(Variants, "run", never)
     with pytest.raises(NotEnoughMemory, match="a single cell of a prompt of 9 tokens"):
         Sweep(model, prompts, every_head(), METRIC).run()
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
+    assert hooks(model.hf) == hooked
 
     def other(self, courses):
         raise RuntimeError("shapes do not match")

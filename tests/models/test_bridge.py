@@ -21,8 +21,6 @@ from interp.models.model import Model
 ALL = ("gpt2", "llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt_oss", "gpt_neox", "opt",
        "bert", "llava", "qwen2_5_vl")
 IDS = [5, 17, 3, 41, 29, 60, 8]
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs",
-         "_forward_pre_hooks_with_kwargs")
 
 
 def fresh(tiny, architecture, **changes):
@@ -79,7 +77,7 @@ def test_a_weight_edited_in_place_is_edited_in_both_lanes(tiny, architecture):
 
 
 @pytest.mark.parametrize("architecture", ALL)
-def test_the_plain_model_is_left_as_it_was(tiny, architecture):
+def test_the_plain_model_is_left_as_it_was(tiny, hooks, architecture):
     hf = fresh(tiny, architecture)
     expected, config = logits(hf), hf.config.to_dict()
     kinds = [(name, type(module)) for name, module in hf.named_modules()]
@@ -94,12 +92,6 @@ def test_the_plain_model_is_left_as_it_was(tiny, architecture):
     assert ("sdpa" in used) == (architecture not in ("gemma2", "gpt_oss")), "the control"
     assert [(name, type(module)) for name, module in hf.named_modules()] == kinds
     assert hooks(hf) == hooked
-
-
-def hooks(hf):
-    """Those of every module: transformers leaves some of its own where states were once recorded."""
-    return [(name, kind, list(getattr(module, kind))) for name, module in hf.named_modules()
-            for kind in HOOKS]
 
 
 def _reads(lane):
@@ -330,13 +322,12 @@ def test_compatibility_mode_is_refused(tiny):
 # -- everything is put back ------------------------------------------------------------------------
 
 
-def state(model):
+def state(model, hooks):
     """Everything a run could leave behind, in both lanes."""
     bridge = model.bridge
-    modules = [*model.hf.modules(), *bridge.modules()]
     return (
-        [tuple(len(getattr(module, hooks)) for hooks in HOOKS) for module in modules],
-        [len(getattr(module, "fwd_hooks", ())) for module in modules],
+        hooks(model.hf), hooks(bridge),
+        [len(getattr(module, "fwd_hooks", ())) for module in (*model.hf.modules(), *bridge.modules())],
         implementations(model.hf), implementations(bridge.original_model), len(attend._SESSIONS),
         transformers.AttentionInterface._global_mapping.get(attend.NAME),
         model._engine("bridge")._values,
@@ -351,10 +342,10 @@ class Interrupted(Exception):
 @pytest.mark.parametrize("architecture", ("gemma2", "llava"))
 @pytest.mark.parametrize("error", (None, Interrupted, KeyboardInterrupt))
 @pytest.mark.parametrize("where", ("apply", "pattern", "visible"))
-def test_hooks_are_removed_whatever_happens(lanes, monkeypatch, architecture, lane, error, where):
+def test_hooks_are_removed_whatever_happens(lanes, hooks, monkeypatch, architecture, lane, error, where):
     model = lanes(architecture)[lane]
     prompt = interp.Prompt.from_tokens(IDS)
-    before, expected = state(model), model.run(prompt).logits[0]
+    before, expected = state(model, hooks), model.run(prompt).logits[0]
     write = [interp.edit("resid_mid.1", "multiply", 0.5), interp.ablate("L1H1", by="uniform"),
              interp.ablate("L2H2"), interp.block([5], [3])]
     if error is None:
@@ -374,7 +365,7 @@ def test_hooks_are_removed_whatever_happens(lanes, monkeypatch, architecture, la
             model.run(prompt, read=["pattern", "q", "resid_post"], write=write, stats="received",
                       new_tokens=2)
         assert calls
-    assert state(model) == before
+    assert state(model, hooks) == before
     assert torch.equal(model.run(prompt).logits[0], expected)
 
 

@@ -146,8 +146,9 @@ def test_what_resumed_rows_have_at_a_site_is_what_a_whole_pass_reads(opened, arc
             assert np.allclose(found[0].float(), expected, atol=3e-5), (site, layer)
 
 
-def test_the_model_is_as_it_was_also_after_an_error(opened):
+def test_the_model_is_as_it_was_also_after_an_error(opened, hooks):
     model, prompt, base = opened("qwen3")
+    hooked = hooks(model.hf)
     before = model.run(prompt).logits[0]
     with pytest.raises(OutOfRange, match="layer 9 does not exist"):
         base.replay(9, every())
@@ -158,7 +159,7 @@ def test_the_model_is_as_it_was_also_after_an_error(opened):
         base.replay(1, torch.tensor([[LAST]]), context=torch.arange(LAST), blocked=lambda _: everything)
     with pytest.raises(SiteRefused, match="cannot read 'spine' in layer 1"):
         base.replay(1, every(), into={"mlp_out": [], "spine": []})
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
+    assert hooks(model.hf) == hooked
     assert torch.equal(model.run(prompt).logits[0], before)
     assert not any("forward" in vars(m) for m in model.hf.modules())
 

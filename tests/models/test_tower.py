@@ -100,18 +100,15 @@ def test_a_tower_without_class_token_and_the_second_of_two_pictures(tiny):
     assert not torch.allclose(tower.read(model, both).projected, found.projected, atol=1e-3)
 
 
-def test_what_cannot_be_read_is_one_sentence_and_nothing_stays_behind(tiny, image_prompt):
+def test_what_cannot_be_read_is_one_sentence_and_nothing_stays_behind(tiny, image_prompt, hooks):
     text = Model(tiny("llama"), "tiny-llama")
     with pytest.raises(ModelRefused, match="tiny-llama is a text model"):
         tower.read(text, interp.Prompt.from_tokens([3, 4, 5]))
     hf = copy.deepcopy(tiny("llava"))
     model, prompt = Model(hf, "tiny-llava"), image_prompt("llava")
 
-    def hooks():
-        return [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in hf.modules()]
-
     tower._features(hf, model, prompt)  # transformers itself leaves hooks behind
-    before = hooks()
+    before = hooks(hf)
     with pytest.raises(PromptError, match="no picture 1 in this prompt: it has 1"):
         tower.read(model, prompt, image=1)
     with pytest.raises(OutOfRange, match="no block 2: there are 0 to 1"):
@@ -125,4 +122,4 @@ def test_what_cannot_be_read_is_one_sentence_and_nothing_stays_behind(tiny, imag
     with pytest.raises(ModelRefused, match="9 features, but the picture has 3 tokens"):
         tower.read(model, few)
     assert hf.model.vision_tower.config._attn_implementation == "sdpa"
-    assert hooks() == before
+    assert hooks(hf) == before

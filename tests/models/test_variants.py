@@ -160,8 +160,9 @@ def test_only_what_differs_is_executed(opened):
     assert sorted(rows) == sorted([N, 2 * N, 4 + N, 4 + 3 * N, 4])
 
 
-def test_nothing_is_left_behind_and_errors_are_sentences(opened, tiny):
+def test_nothing_is_left_behind_and_errors_are_sentences(opened, tiny, hooks):
     model, prompt, variants, states = opened("llama")
+    hooked = hooks(model.hf)
     before = model.run(prompt).logits[0]
     with pytest.raises(OutOfRange, match="without any key to attend to in layer 1"):
         variants.outcomes([interp.block([4], "all", layers=[1])])
@@ -171,7 +172,7 @@ def test_nothing_is_left_behind_and_errors_are_sentences(opened, tiny):
         variants.outcomes([interp.ablate("L0H9")])
     with pytest.raises(ModelRefused, match="is an encoder"):
         Variants(Model(tiny("bert"), "tiny-bert"), prompt)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
+    assert hooks(model.hf) == hooked
     assert not any("forward" in vars(m) for m in model.hf.modules())
     assert torch.equal(model.run(prompt).logits[0], before)
     # What comes out can be used in a graph: it is no inference tensor.

@@ -102,8 +102,9 @@ def test_kept_weights_are_those_of_a_loop():
     assert torch.equal(important(-weight, 5 * norms, 0.3), mask)
 
 
-def test_overlap_is_one_for_equal_tokens_and_chance_for_weights_of_one_size():
+def test_overlap_is_one_for_equal_tokens_and_chance_for_weights_of_one_size(hooks):
     model, given = interp.open_model("looker"), prompts(3)
+    hooked = hooks(model.hf)
     same = mask_overlap(model, given, given, image=[2, 3], text=[2, 3], layers=[0])
     assert np.allclose(same["iou"], 1.0)
     found = mask_overlap(model, given, sparsity=0.3, layers=[1, 4])
@@ -112,7 +113,7 @@ def test_overlap_is_one_for_equal_tokens_and_chance_for_weights_of_one_size():
     # |W| is shared: also with norms in random order masks overlap more than random masks.
     assert (found["shuffled"] > found["random"]).all()
     # The model is left without hooks.
-    assert not any(m._forward_pre_hooks for m in model.hf.modules())
+    assert hooks(model.hf) == hooked
     rng = torch.Generator().manual_seed(1)
     ones, made = torch.ones(300, 200), []
     for _ in range(20):
