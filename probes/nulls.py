@@ -106,16 +106,16 @@ def places_of(prompts: Sequence[Prompt], positions: Places) -> list[tuple[int, .
         raise PromptError("no prompts to read states of: give at least one.")
     if callable(positions):
         return [prompt.positions(positions(prompt)) for prompt in prompts]
-    listed = not isinstance(positions, str) and len(positions) and not isinstance(
-        positions[0], (int, np.integer))
-    if not listed:
-        return [prompt.positions(positions) for prompt in prompts]
-    if len(positions) != len(prompts):
+    listed: Any = positions
+    if isinstance(listed, str) or not isinstance(listed, (Sequence, np.ndarray)) or not len(
+            listed) or isinstance(listed[0], (int, np.integer)):
+        return [prompt.positions(listed) for prompt in prompts]
+    if len(listed) != len(prompts):
         raise PromptError(
-            f"positions of {len(positions)} prompts for {len(prompts)} prompts: give one list each."
+            f"positions of {len(listed)} prompts for {len(prompts)} prompts: give one list each."
         )
     return [tuple(prompt.positions(int(p))[0] for p in places)
-            for prompt, places in zip(prompts, positions)]
+            for prompt, places in zip(prompts, listed)]
 
 
 def bag_of_tokens(

@@ -71,6 +71,10 @@ def test_layer_minus_one_is_what_enters_block_zero(tiny):
         assert np.allclose(states.values[1:, i], run[:, position], atol=1e-5)
         expected = wte[prompts[number].ids[position]] + wpe[position]
         assert np.allclose(states.values[0, i], expected.detach(), atol=1e-5)
+    segment = interp.Segment("ends", (0, 3))
+    for one, meant in ((-1, [6, 3, 8, 3]), (np.int64(2), [2] * 4), (slice(1, 3), [1, 2] * 4),
+                       (segment, [0, 3] * 4), ([0, 2], [0, 2] * 4), (np.array([1]), [1] * 4)):
+        assert [p for row in nulls.places_of(prompts, one) for p in row] == meant
     fewer = nulls.layer_states(model, prompts, "last", embedding=False, layers=[2])
     assert fewer.layer.values.tolist() == [2] and fewer.position.values.tolist() == [6, 3, 8, 3]
 
