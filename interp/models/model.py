@@ -53,15 +53,16 @@ class Model:
         source: Optional[Mapping[str, Any]] = None,
         remote: Optional[Callable[[], Any]] = None,
     ) -> None:
-        self.hf, self.name = hf.eval(), name
+        self.hf: Any = hf.eval()
+        self.name = name
         # Makes the lane of a model that runs elsewhere; `hf` then has no weights.
         self.remote = remote
         self.tokenizer, self.processor = tokenizer, processor
-        self.config = hf.config
+        self.config: Any = hf.config
         self.source = dict(source or {})
         self._lanes: dict[str, Any] = {}
         self._proofs: dict[str, dict[str, Proof]] = {}
-        text = hf.config.get_text_config()
+        text = self.config.get_text_config()
         self.architecture = type(hf).__name__
         self.has_images = any(
             getattr(hf.config, key, None) is not None for key in ("vision_config", "vision_tower")
@@ -146,30 +147,28 @@ class Model:
     def _tolerance(self) -> float:
         return {torch.float32: 1e-3, torch.float64: 1e-4}.get(self.dtype, 5e-2)
 
-    def _outcome(
-        self, lane: str, prompt: Prompt, read: tuple[str, ...], write: tuple[Intervention, ...]
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Logits, or the last residual stream of a model without a vocabulary, and raw reads."""
+    def _outcomes(
+        self, lane: str, prompt: Prompt, writes: Sequence[tuple[Intervention, ...]],
+        read: tuple[str, ...] = (),
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        """One batch with other edits in every row: the logits of each row, or the last residual
+        stream of a model without a vocabulary, and what the first row read."""
         last = f"resid_post.{self.shape.n_layers - 1}"
-        reads = Reads([Site.parse(s) for s in {*read, last}], self.shape.n_layers, 1)
-        edits = Edits(prompt, write, self.shape)
-        (logits,), _ = self._engine(lane).run(
-            [prompt], [edits], reads, lambda *_: [], lambda *_: [], [0]
-        )
-        found = {s: a.values[0, 0] for s, a in reads.finish().items()}
-        outcome = logits if logits is not None else torch.tensor(found[last])
-        return outcome, found
-
-    def _outcomes(self, lane: str, prompt: Prompt, writes: list[Intervention]) -> Tensor:
-        """The logits under each intervention, from one batch; jobs of a server are dear."""
-        nothing = Reads([], self.shape.n_layers, len(writes))
+        reads = Reads([Site.parse(s) for s in {*read, last}], self.shape.n_layers, len(writes))
         logits, _ = self._engine(lane).run(
-            [prompt] * len(writes), [Edits(prompt, (one,), self.shape) for one in writes], nothing,
+            [prompt] * len(writes), [Edits(prompt, one, self.shape) for one in writes], reads,
             lambda *_: [], lambda *_: [], range(len(writes)),
         )
-        if any(row is None for row in logits):
-            raise SiteRefused(f"{self.name} has no vocabulary, so its edits are tried one by one.")
-        return torch.stack([row for row in logits if row is not None])
+        found = {s: a.values for s, a in reads.finish().items()}
+        rows = [torch.tensor(found[last][i, 0]) if row is None else row
+                for i, row in enumerate(logits)]
+        return rows, {s: values[0, 0] for s, values in found.items()}
+
+    def _outcome(
+        self, lane: str, prompt: Prompt, read: tuple[str, ...] = ()
+    ) -> tuple[Tensor, dict[str, Any]]:
+        (row,), found = self._outcomes(lane, prompt, [()], read)
+        return row, found
 
     def _probe(self) -> list[int]:
         from interp.models.lane_hf import probe_ids
@@ -178,17 +177,17 @@ class Model:
 
     def _causal(self) -> bool:
         return is_causal(
-            lambda ids: self._outcome(self.lane, Prompt.from_tokens(ids), (), ())[0], self._probe()
+            lambda ids: self._outcome(self.lane, Prompt.from_tokens(ids))[0], self._probe()
         )
 
     def _prove(self, lane: str) -> None:
         if lane in self._proofs:
             return
         self._proofs[lane] = prove(
-            lambda prompt, read, write: self._outcome(lane, prompt, read, write),
+            lambda prompt, read: self._outcome(lane, prompt, read),
+            lambda prompt, writes: self._outcomes(lane, prompt, writes)[0],
             self._probe(), self.shape.n_layers // 2, self._engine(lane).unavailable,
             self._tolerance(), self.kind == "decoder",
-            None if self.remote is None else lambda *given: self._outcomes(lane, *given),
         )
 
     def sites(self, verb: str = "read") -> list[str]:

@@ -7,7 +7,7 @@ where it may.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
@@ -18,8 +18,11 @@ from interp.core.intervention import Intervention, block, edit, patch
 from interp.core.prompt import Prompt
 from interp.core.site import NAMES
 
-Outcome = Callable[[Prompt, tuple[str, ...], tuple[Intervention, ...]], tuple[Tensor, dict]]
-"""(prompt, sites to read, edits) -> (`[position, width]` outcome, site -> values of that layer)."""
+Outcome = Callable[[Prompt, tuple[str, ...]], tuple[Tensor, dict]]
+"""(prompt, sites to read) -> (`[position, width]` outcome, site -> values of that layer)."""
+
+Outcomes = Callable[[Prompt, list[tuple[Intervention, ...]]], list[Tensor]]
+"""(prompt, edits of every run) -> outcome of every run, all from one batch."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +44,23 @@ class Proof:
 
 def prove(
     outcome: Outcome,
+    outcomes: Outcomes,
     ids: list[int],
     layer: int,
     unavailable: Callable[[str], Optional[str]],
     tolerance: float,
     causal: bool,
-    together: Optional[Callable[[Prompt, list[Intervention]], Tensor]] = None,
 ) -> dict[str, Proof]:
-    """Prove every site of `layer` with a handful of short forward passes.
+    """Prove every site of `layer` with two short forward passes: one reads, one tries all edits.
 
     Args:
         outcome: runs one prompt in the lane.
+        outcomes: runs a prompt under many edits at once; every run of it must feel its own edit.
         ids: a short prompt of ordinary tokens, at least four.
         layer: the block that is written, usually the middle one.
         unavailable: site -> why the architecture does not have it, None if it has.
         tolerance: what counts as unchanged, relative to the spread of the outcome.
         causal: whether earlier positions must not feel a change of a later one.
-        together: runs the prompt once per intervention in one batch, `[run, position, width]`,
-            where single passes are dear.
 
     Raises:
         NumericalError: the untouched model already gives NaN.
@@ -70,7 +72,7 @@ def prove(
     proofs = {
         name: Proof(name, False, False, reason) for name, reason in missing.items()
     }
-    base, reads = outcome(prompt, tuple(spelled.values()), ())
+    base, reads = outcome(prompt, tuple(spelled.values()))
     if not torch.isfinite(base).all():
         raise NumericalError(
             "the model gives NaN or infinity on a prompt of ordinary tokens; its weights are "
@@ -88,16 +90,13 @@ def prove(
             continue
         trials[name] = (patch(spelled[name], _writable(name, values)),
                         _disturb(name, spelled[name], values, position, causal))
-    found = _all_at_once(together, prompt, trials)
-    for name, pair in trials.items():
-        try:
-            same, moved = (
-                (x - base).abs().amax(-1) / spread
-                for x in found.get(name) or [outcome(prompt, (), (edit,))[0] for edit in pair]
-            )
-        except SiteRefused as error:
-            proofs[name] = Proof(name, True, False, str(error))
+    found = _tried(outcomes, prompt, trials)
+    for name in trials:
+        made = found[name]
+        if isinstance(made, SiteRefused):
+            proofs[name] = Proof(name, True, False, str(made))
             continue
+        same, moved = ((x - made[0]).abs().amax(-1) / spread for x in made[1:])
         proofs[name] = _judged(name, same, moved, position, tolerance, causal)
     if "resid_pre" in proofs:
         proofs["embed"] = Proof("embed", **{
@@ -106,18 +105,26 @@ def prove(
     return proofs
 
 
-def _all_at_once(
-    together: Optional[Callable[[Prompt, list[Intervention]], Tensor]], prompt: Prompt,
+def _tried(
+    outcomes: Outcomes, prompt: Prompt,
     trials: Mapping[str, tuple[Intervention, Intervention]],
-) -> dict[str, list[Tensor]]:
-    """Both outcomes of every trial from one batch, none where there is no such batch."""
-    if together is None:
+) -> dict[str, Union[list[Tensor], SiteRefused]]:
+    """Of every site the outcome without an edit and those of its two edits, or why there is none.
+
+    All edits go into one batch; where it is refused, into two halves, until it is clear by whom.
+    """
+    if not trials:
         return {}
     try:
-        made = together(prompt, [edit for pair in trials.values() for edit in pair])
-    except SiteRefused:
-        return {}  # one by one then, to see which
-    return {name: list(pair) for name, pair in zip(trials, made.split(2))}
+        made = outcomes(prompt, [(), *((edit,) for pair in trials.values() for edit in pair)])
+    except SiteRefused as error:
+        names = list(trials)
+        if len(names) == 1:
+            return {names[0]: error}
+        parts = (names[: len(names) // 2], names[len(names) // 2 :])
+        return {name: found for part in parts
+                for name, found in _tried(outcomes, prompt, {n: trials[n] for n in part}).items()}
+    return {name: [made[0], *made[2 * i + 1 : 2 * i + 3]] for i, name in enumerate(trials)}
 
 
 def _judged(
