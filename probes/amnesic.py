@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float
-from sklearn.base import BaseEstimator, clone
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from interp.core import Claim, ModelRefused, OutOfRange, Prompt, PromptError, Re
 from interp.core.statistics import Estimate
 from probes.erasure import RandomProjection, TurnedAtRandom
 from probes.folds import blocks_of, shuffled
+from probes.linear import fitted_copy
 from probes.nulls import EMBEDDING, Places, places_of
 
 METRICS = ("log_prob", "accuracy", "logit_difference")
@@ -37,7 +37,7 @@ def amnesic(
     model: Any,
     prompts: Sequence[Prompt],
     answers: Sequence[SupportsIndex],
-    eraser: BaseEstimator,
+    eraser: Any,
     *,
     layer: SupportsIndex,
     positions: Places = "last",
@@ -45,7 +45,7 @@ def amnesic(
     metric: Literal["log_prob", "accuracy", "logit_difference"] = "log_prob",
     controls: SupportsIndex = CONTROLS,
     kinds: Sequence[str] = KINDS[:2],
-    decoys: Sequence[BaseEstimator] = (),
+    decoys: Sequence[Any] = (),
     seed: SupportsIndex = 0,
     batch_size: int = 32,
     bases: Optional[Sequence[Any]] = None,
@@ -122,9 +122,9 @@ def amnesic(
 
 
 def decoys(
-    eraser: BaseEstimator, states: Any, labels: Any, *, groups: Optional[Any],
+    eraser: Any, states: Any, labels: Any, *, groups: Optional[Any],
     number: SupportsIndex = CONTROLS, seed: SupportsIndex = 0,
-) -> list[BaseEstimator]:
+) -> list[Any]:
     """The same eraser fitted to permuted labels: it takes out as much of what varies, but not the
     concept.
 
@@ -142,7 +142,7 @@ def decoys(
     if blocks is not None and len(np.unique(blocks)) == len(y):
         blocks = None
     rng = np.random.default_rng(int(seed))
-    return [clone(eraser).fit(states, y[shuffled(y, blocks, rng)]) for _ in range(int(number))]
+    return [fitted_copy(eraser, states, y[shuffled(y, blocks, rng)]) for _ in range(int(number))]
 
 
 def steered(

@@ -79,7 +79,7 @@ def predicted(
         raise ValueError("all samples have the same label: a probe needs at least two classes.")
     found = np.zeros((len(X), len(classes)))
     for train, test in folds_of(y, kind, groups, int(folds), int(seed)):
-        probe = clone(estimator)
+        probe: Any = clone(estimator)
         if calibrate is not None:
             own = None if groups is None else np.asarray(groups)[train]
             probe = calibrated(y[train], groups=own, estimator=probe, method=calibrate,
@@ -135,7 +135,8 @@ def reliability(
     rng = np.random.default_rng(int(seed))
     chance = [_error(confidence, (rng.random(len(y)) < confidence).astype(float), parts)
               for _ in range(int(draws))]
-    brier = brier_score_loss(y, each, labels=range(each.shape[1]), scale_by_half=False)
+    brier = brier_score_loss(y, each, labels=range(each.shape[1]),
+                             scale_by_half=False)  # pyright: ignore[reportArgumentType]
     data = xr.Dataset({
         "confidence": ("bin", [confidence[part].mean() for part in parts]),
         "accuracy": ("bin", [right[part].mean() for part in parts]),

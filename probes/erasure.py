@@ -11,16 +11,20 @@ from typing import Any, Optional, SupportsFloat, SupportsIndex
 
 import numpy as np
 from jaxtyping import Float
-from sklearn.base import BaseEstimator, TransformerMixin, clone
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.preprocessing import OneHotEncoder
 from sklearn.utils.multiclass import type_of_target
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
-from probes.linear import direction, logistic
+from probes.linear import direction, fitted_copy, logistic
 
 
 class _Affine(TransformerMixin, BaseEstimator):
     """x -> x - P (x - mean), with a projection P = left right^T of few directions."""
+
+    mean_: np.ndarray
+    left_: np.ndarray
+    right_: np.ndarray
 
     def transform(self, X: Any) -> Float[np.ndarray, "sample d_model"]:
         """States without the concept."""
@@ -133,7 +137,7 @@ class Inlp(_Affine):
         probe = logistic() if self.estimator is None else self.estimator
         for _ in range(int(self.rounds)):
             left = X - (X - self.mean_) @ basis.T @ basis
-            fitted = clone(probe).fit(left, y)
+            fitted = fitted_copy(probe, left, y)
             if fitted.score(left, y) <= counts.max() / len(y) + self.stop:
                 break
             # What is found again in what was removed already is noise of the fit.
@@ -273,4 +277,4 @@ def _concept(y: Any, n: int) -> Float[np.ndarray, "sample concept"]:
         if len(np.unique(given)) < 2:
             raise ValueError("all samples have the same label, so there is one class only.")
         return OneHotEncoder(sparse_output=False).fit_transform(given[:, None])
-    return check_array(given.reshape(n, -1), dtype=np.float64)
+    return check_array(given.reshape(n, -1), dtype=np.float64)  # pyright: ignore[reportArgumentType]

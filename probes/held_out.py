@@ -17,14 +17,14 @@ from typing import Any, Literal, Optional, SupportsFloat, SupportsIndex, Union
 
 import numpy as np
 from scipy.stats import rankdata
-from sklearn.base import BaseEstimator, clone
+from sklearn.base import BaseEstimator
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 
 from probes.folds import blocks_of, targets
-from probes.linear import logistic
+from probes.linear import fitted_copy, logistic
 from probes.quick import hat, stacked
 
 Split = tuple[np.ndarray, np.ndarray]
@@ -348,7 +348,7 @@ def _decide(
     if isinstance(estimator, str):
         sign = 2.0 * y[train] - 1
         return hat(x, train, test, alpha) @ (sign - sign.mean()) + sign.mean()
-    probe = clone(estimator).fit(x[train], y[train])
+    probe = fitted_copy(estimator, x[train], y[train])
     if hasattr(probe, "decision_function"):
         return np.asarray(probe.decision_function(x[test]), dtype=float)
     return np.asarray(probe.predict_proba(x[test])[:, 1], dtype=float)

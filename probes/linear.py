@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from scipy.optimize import minimize
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.feature_selection import SelectKBest
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -27,12 +27,24 @@ def logistic(C: SupportsFloat = 1.0, **more: Any) -> Pipeline:
         >>> logistic().fit(X[:40], X[:40, 0] > 0).score(X[40:], X[40:, 0] > 0) > 0.8
         True
     """
-    return make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=2000, **more))
+    return make_pipeline(StandardScaler(), LogisticRegression(C=float(C), max_iter=2000, **more))
+
+
+def fitted_copy(estimator: Any, X: Any, y: Any) -> Any:
+    """A copy of an estimator with the same settings, fitted; the estimator itself stays as it is.
+
+    Example:
+        >>> probe, X = logistic(), np.eye(4)
+        >>> fitted_copy(probe, X, [0, 0, 1, 1]).classes_.tolist(), hasattr(probe, "classes_")
+        ([0, 1], False)
+    """
+    copy: Any = clone(estimator)
+    return copy.fit(X, y)
 
 
 def ridge(alpha: SupportsFloat = 1.0) -> Pipeline:
     """Standardize, then least squares on +1 and -1 with an L2 penalty: the quick linear probe."""
-    return make_pipeline(StandardScaler(), RidgeClassifier(alpha=alpha))
+    return make_pipeline(StandardScaler(), RidgeClassifier(alpha=float(alpha)))
 
 
 def k_sparse(k: SupportsIndex, C: SupportsFloat = 1.0) -> Pipeline:
@@ -44,7 +56,7 @@ def k_sparse(k: SupportsIndex, C: SupportsFloat = 1.0) -> Pipeline:
     Source: arXiv:2305.01610, mean-difference ranking.
     """
     return make_pipeline(StandardScaler(), SelectKBest(mean_difference, k=int(k)),
-                         LogisticRegression(C=C, max_iter=2000))
+                         LogisticRegression(C=float(C), max_iter=2000))
 
 
 def mean_difference(X: Any, y: Any) -> Float[np.ndarray, "d_model"]:
@@ -122,7 +134,7 @@ def direction(probe: Any) -> Float[np.ndarray, "class d_model"]:
         raise TypeError(
             f"{type(steps[-1]).__name__} has no coef_, so it has no direction; fit a linear probe."
         )
-    weights = np.atleast_2d(steps[-1].coef_)
+    weights: Any = np.atleast_2d(steps[-1].coef_)
     for step in reversed(steps[:-1]):
         if isinstance(step, StandardScaler):
             weights = weights if step.scale_ is None else weights / step.scale_

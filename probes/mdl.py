@@ -12,10 +12,9 @@ from typing import Any, Literal, Optional, SupportsIndex
 import numpy as np
 import xarray as xr
 from jaxtyping import Float
-from sklearn.base import clone
 
 from interp.core import Result
-from probes.linear import logistic
+from probes.linear import fitted_copy, logistic
 
 FRACTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)
 """Ends of the portions, as shares of the samples, as in the paper's released code."""
@@ -106,7 +105,7 @@ def _one_order(
         elif len(np.unique(y[before])) < 2:
             lengths.append(float(reference[part].sum()))
         else:
-            fitted = clone(probe).fit(X[before], y[before])
+            fitted = fitted_copy(probe, X[before], y[before])
             p = np.zeros((len(part), n_classes))
             p[:, fitted.classes_] = fitted.predict_proba(X[part])
             # A class that the probe has not met is not impossible: one sample's worth of doubt.

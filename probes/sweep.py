@@ -16,12 +16,13 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from sklearn.base import BaseEstimator, clone
+from sklearn.base import BaseEstimator
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from interp.core import Claim, Result
 from interp.figures.style import color, note, style
 from probes.folds import Kind, blocks_of, folds_of, shuffled, targets
+from probes.linear import fitted_copy
 from probes.quick import hat, known_mean, ridge_scores, stacked
 
 CHANCE = {"auc": 0.5, "r2": 0.0}
@@ -184,7 +185,7 @@ def draw(found: Result, ax: Axes) -> Axes:
     score = found["score"]
     if len(score.dims) != 1:
         raise ValueError(f"cells have the dims {score.dims}: choose along all but one, then draw.")
-    dim = score.dims[0]
+    dim = str(score.dims[0])
     at = found[dim].values
     low, high = np.nanquantile(found["null"].values, (0.05, 0.95), axis=0)
     ax.fill_between(at, low, high, color=color("control"), alpha=0.3, linewidth=0,
@@ -196,7 +197,7 @@ def draw(found: Result, ax: Axes) -> Axes:
     top = best(found)
     ax.plot([top["cell"][dim]], [top["score"]], "o", markersize=8, fillstyle="none",
             color=color("image"))
-    ax.set_xlabel(str(dim))
+    ax.set_xlabel(dim)
     ax.set_ylabel({"auc": "ROC-AUC", "r2": "$R^2$"}.get(found.manifest["metric"], "balanced accuracy"))
     ax.legend()
     nested = f", nested {top['nested_score']:.2f}" if np.isfinite(top["nested_score"]) else ""
@@ -246,7 +247,7 @@ def _fitted_score(
 ) -> float:
     if kind != "r2" and (len(np.unique(y[train])) < 2 or len(np.unique(y[test])) < 2):
         return float("nan")
-    probe = clone(estimator).fit(x[train], y[train])
+    probe = fitted_copy(estimator, x[train], y[train])
     if kind == "r2":
         return float(probe.score(x[test], y[test]))
     if kind == "auc":

@@ -16,13 +16,12 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from sklearn.base import clone
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from interp.core import Result, statistics
 from interp.figures import heat
 from probes.folds import folds_of, shuffled
-from probes.linear import DifferenceOfMeans, direction, logistic
+from probes.linear import DifferenceOfMeans, direction, fitted_copy, logistic
 from probes.quick import auc
 
 
@@ -102,14 +101,14 @@ def transfer(
     null = np.full((int(permutations), *shape), np.nan)
     for w, way in enumerate(ways.values()):
         for a, (X, y, _) in enumerate(sets):
-            probes = [clone(way).fit(X[folds_in[a] != f], y[folds_in[a] != f])
+            probes = [fitted_copy(way, X[folds_in[a] != f], y[folds_in[a] != f])
                       for f in range(int(folds))]
             for b, (Z, z, blocks) in enumerate(sets):
                 two = len(classes) == 2
                 decided, fold = _decided(probes, Z, folds_in[b], two), folds_in[b]
                 null[:, w, a, b] = _scores(z[orders[b]], decided, fold, two)
                 found = statistics.bootstrap(
-                    lambda y, *given, two=two: float(_scores(y[None], *given, two)[0]),
+                    lambda y, *given, two=two: float(_scores(y[None], *given, two=two)[0]),
                     z, decided, fold, groups=blocks, resamples=int(resamples), seed=int(seed))
                 score[w, a, b], (low[w, a, b], high[w, a, b]) = found.value, found.interval
     highest = np.nanmax(null, axis=(1, 2, 3))
@@ -153,7 +152,7 @@ def directions(
     if len(classes) != 2:
         raise ValueError(f"directions of a binary concept need two classes, not {len(classes)}.")
     ways = dict(three_ways() if estimators is None else estimators)
-    found = np.stack([direction(clone(way).fit(X, np.asarray(labels)))[0] for way in ways.values()])
+    found = np.stack([direction(fitted_copy(way, X, np.asarray(labels)))[0] for way in ways.values()])
     said = (X - X.mean(0)) @ found.T
     names = list(ways)
     return Result(xr.Dataset(
