@@ -45,7 +45,7 @@ def folds_of(
             f"{units} {'samples' if blocks is None else 'groups'} cannot be split into {folds} folds: "
             "use fewer folds, or more groups."
         )
-    more = dict(shuffle=True, random_state=seed)
+    more: dict[str, Any] = dict(shuffle=True, random_state=seed)
     if kind == "r2":
         made: Any = KFold(folds, **more) if blocks is None else GroupKFold(folds, **more)
     else:

@@ -109,7 +109,7 @@ class TokenFeatures:
         self.rank = row[np.searchsorted(found, self.tokens)]
         where = sparse.csr_matrix((np.ones(len(on), dtype=int), (self.rank, np.arange(len(on)))),
                                   shape=(len(found), len(on)))
-        self.graph = (where @ sparse.csr_matrix(on.astype(int))).tocsr()
+        self.graph = sparse.csr_matrix(where @ sparse.csr_matrix(on.astype(int)))
         self.degree = np.diff(self.graph.indptr)
 
     def coverage(self, tops: Indices) -> Int[np.ndarray, " top"]:

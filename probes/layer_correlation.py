@@ -30,7 +30,7 @@ def rank_correlation(
         [layer], one-sided against that maximum. NaN for a layer whose values are constant or NaN.
     """
     n = len(outcome)
-    known = np.isfinite(values).all(0)
+    known = np.all(np.isfinite(values), 0)
     base = [np.ones(n)] if given is None else [np.ones(n), *map(stats.rankdata, np.asarray(given).T)]
     axes, size, _ = np.linalg.svd(np.stack(base, 1), full_matrices=False)
     basis = axes[:, size > 1e-9 * size[0]]

@@ -143,7 +143,7 @@ class FutureLinearLens(MultiOutputMixin, RegressorMixin, BaseEstimator):
     def fit(self, X: Any, y: Any) -> "FutureLinearLens":
         """The map, `coef_` and `intercept_`, with the penalty `alpha_`."""
         X, y = validate_data(self, X, y, multi_output=True, y_numeric=True, dtype=np.float64)
-        found = RidgeCV(alphas=self.alphas).fit(X, y)
+        found: Any = RidgeCV(alphas=self.alphas).fit(X, y)
         self.coef_, self.intercept_, self.alpha_ = found.coef_, found.intercept_, found.alpha_
         return self
 

@@ -135,7 +135,7 @@ def _pooling(config: Optional[dict[str, Any]], kind: str) -> Pooling:
     names: dict[str, Pooling] = {
         "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last",
         "pooling_mode_max_tokens": "max", "pooling_mode_mean_tokens": "mean"}
-    chosen = [kind for name, kind in names.items() if config.get(name)]
+    chosen: list[Pooling] = [kind for name, kind in names.items() if config.get(name)]
     if len(chosen) != 1:
         said = [name for name, value in config.items() if name.startswith("pooling_mode") and value]
         raise PromptError(

@@ -189,7 +189,7 @@ class StickyTokenDetector(BaseEstimator):
             table = self._refined(table)
         self.scores_ = table
         self.threshold_ = float(np.percentile(table["score"], 100 * (1 - float(self.share))))
-        best = table["score"][table["score"] >= self.threshold_]
+        best: Any = table["score"][table["score"] >= self.threshold_]
         self.candidates_ = [int(i) for i in best.sort_values(ascending=False, kind="stable").index]
 
     def _scores(
@@ -209,11 +209,11 @@ class StickyTokenDetector(BaseEstimator):
             encoder, part)).set_index("token")
 
     def _refined(self, table: pd.DataFrame) -> pd.DataFrame:
-        ranked = np.array(table["screened"].sort_values(ascending=False, kind="stable").index)
+        ranked = np.array(table.sort_values("screened", ascending=False, kind="stable").index)
         n = max(1, int(np.ceil(float(self.refine) * len(ranked))))
         rng = np.random.default_rng([int(self.seed), 1])
         rest = rng.permutation(ranked[n:])[: int(np.ceil(float(self.audit) * len(ranked)))]
-        exact = pd.concat([self._scores(name, [int(i) for i in ids], 16, self.encoder_)
+        exact: Any = pd.concat([self._scores(name, [int(i) for i in ids], 16, self.encoder_)
                            for name, ids in (("refine", ranked[:n]), ("audit", rest))
                            if len(ids)])["score"]
         table = table.copy()

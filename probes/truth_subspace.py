@@ -30,7 +30,7 @@ def basis(states: Any, components: SupportsIndex) -> Float[np.ndarray, "componen
     if X.ndim != 2 or not 0 < int(components) <= min(X.shape[0] - 1, X.shape[1]):
         raise ValueError(f"states of shape {X.shape} do not span {int(components)} directions: give "
                          "more samples, or ask for fewer.")
-    return PCA(int(components), svd_solver="full").fit(X).components_
+    return np.asarray(PCA(int(components), svd_solver="full").fit(X).components_)
 
 
 def overlap(
