@@ -259,8 +259,8 @@ class Sweep:
                                    desc=f"sweeping {self.model.name}"):
             write = each([makers.get(n, tuple)() for n in range(len(self.prompts))])
             mark = key_of(self.metric.name, self.metric.shared, describe(write))
-            kept.fill([[mark]], lambda _: kept.put(
-                mark, np.asarray(self.metric(self.model, self.prompts, write))))  # noqa: B023
+            kept.fill([[mark]], lambda _: kept.put(mark, np.asarray(  # noqa: B023
+                self.metric.values(self.metric.passes(self.model, self.prompts, write)))))  # noqa: B023
             self.spent += sum(map(len, self.prompts)) * self.model.n_layers
             for number in makers:
                 yield number, labels, kept.get(mark)[number]  # type: ignore[index]
