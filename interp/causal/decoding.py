@@ -195,7 +195,7 @@ def _batch(
 ) -> list[Decoded]:
     plans = method.plans(model, prompts, new_tokens)
     views = [number for number, plan in enumerate(plans) if plan.second is not None]
-    streams = prompts + [plans[number].second for number in views]
+    streams = prompts + [plan.second for plan in plans if plan.second is not None]
     writes = [plan.write for plan in plans] + [plans[number].second_write for number in views]
     place = {number: len(prompts) + i for i, number in enumerate(views)}
     steps = model.stepping(streams, write=each(writes), read=method.reads(model),

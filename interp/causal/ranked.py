@@ -125,7 +125,8 @@ def ranked_sweep(
     found = recall(np.abs(exact[verified]), np.abs(exact[drawn]), len(rest), wanted)
     rho = float("nan")
     if len(drawn) > 2 and np.ptp(exact[drawn]) > 0 and np.ptp(score.ravel()[drawn]) > 0:
-        rho = float(stats.spearmanr(np.abs(score.ravel()[drawn]), np.abs(exact[drawn]))[0])
+        ranks: Any = stats.spearmanr(np.abs(score.ravel()[drawn]), np.abs(exact[drawn]))
+        rho = float(ranks.statistic)
     dims = ("layer", "head" if what == "heads" else "position")
     data = xr.Dataset({
         "score": (dims, score), "exact": (dims, exact.reshape(score.shape)),

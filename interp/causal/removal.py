@@ -90,8 +90,8 @@ class Removal:
         self.base = model.resumable(prompt)
         self.earliest = _reach(self.base, self.places)
         self.first = self.earliest[min(self.places)]
-        removable = set(self.places)
-        self.after = [p for p in range(len(prompt)) if p not in removable]
+        gone = set(self.places)
+        self.after = [p for p in range(len(prompt)) if p not in gone]
 
     @property
     def prefills(self) -> float:

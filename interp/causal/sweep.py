@@ -87,19 +87,20 @@ class _Evaluation:
     ) -> None:
         self.prompts, self.writes = list(prompts), list(writes)
         # Copies: their batches become smaller where memory runs out.
-        self.metrics = [copy.copy(metric) for metric in metrics]
-        self.folder = None if folder is None else Path(folder).absolute()
+        self.metrics: list[Any] = [copy.copy(metric) for metric in metrics]
+        # Never None in a worker: `evaluate` gives an executor no work without a folder.
+        self.folder: Any = None if folder is None else Path(folder).absolute()
         contents = [describe(write) for write in writes]
         self.marks = [{m.name: key_of(m.name, m.shared, content) for m in metrics}
                       for content in contents]
         self._open(model)
 
     def _open(self, model: Model) -> None:
-        self.cells: Optional[Cells] = Cells(
+        self.cells = Cells(
             self.folder, {} if self.folder is None else subject(model, self.prompts))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "cells": None}
+        return {name: held for name, held in self.__dict__.items() if name != "cells"}
 
     def missing(self) -> list[int]:
         """Numbers of the cells that are not finished."""
@@ -108,7 +109,7 @@ class _Evaluation:
 
     def compute(self, model: Model, numbers: Sequence[int], progress: str = "") -> None:
         """Have these cells finished; in a worker the folder is checked against its model first."""
-        if self.cells is None:
+        if not hasattr(self, "cells"):
             self._open(model)
         cells = self.cells
 
@@ -150,7 +151,9 @@ class _Evaluation:
 
     def values(self, number: int, name: str) -> np.ndarray:
         """What a metric said in a cell."""
-        return self.cells.get(self.marks[number][name])
+        found = self.cells.get(self.marks[number][name])
+        assert found is not None, "`compute` has finished every cell"
+        return found
 
 
 def ablation_sweep(
