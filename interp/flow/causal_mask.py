@@ -9,7 +9,7 @@ Cause     the same without the mask; the same model untrained, with and without 
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, Optional, SupportsFloat, SupportsIndex, Union
+from typing import Any, Literal, Optional, SupportsFloat, SupportsIndex, Union
 
 import numpy as np
 import torch
@@ -373,7 +373,8 @@ def draw_matrix(
     # Half of it is hidden by the mask: thousands of hatched cells would say no more than gray does.
     shown = np.ma.masked_invalid(matrix)
     reach = float(np.abs(shown).max()) or 1.0
-    limits = {"vmin": -reach, "vmax": reach, "cmap": DIVERGING} if signed else {"cmap": SEQUENTIAL}
+    limits: dict[str, Any] = {"vmin": -reach, "vmax": reach, "cmap": DIVERGING} if signed else {
+        "cmap": SEQUENTIAL}
     image = ax.imshow(shown, interpolation="nearest", aspect="auto", **limits)
     ax.set_facecolor(PALE)
     marks = sorted({0, len(matrix) // 2, len(matrix) - 1})

@@ -335,11 +335,11 @@ def horizons(
     logits by more. It goes on where H_info ends because the answer is certain anyway.
     """
     layers = found["layer"].values.tolist()
-    strongest = np.abs(found["information"]).max("group").values
+    strongest = abs(found["information"]).max("group").values
     made = {"H_info": horizon(strongest, epsilon, layers),
             "H_out": horizon(found["kl"].values, eta, layers)}
     if delta is not None:
-        moved = np.abs(found["difference_alone"] - found["difference_none"]).max("group").values
+        moved = abs(found["difference_alone"] - found["difference_none"]).max("group").values
         made["H_logit"] = horizon(moved, delta, layers)
     return made
 
@@ -405,7 +405,7 @@ def horizon_of_score(
 @style()
 def draw(found: Result, ax: Axes) -> Axes:
     """Mean and largest |information| over groups, by layer, with both horizons dotted."""
-    layers, size = found["layer"].values, np.abs(found["information"])
+    layers, size = found["layer"].values, abs(found["information"])
     ax.plot(layers, size.max("group"), "-o", color=color("image"), label="largest")
     ax.plot(layers, size.mean("group"), "--", color=color("image"), label="mean")
     for (name, layer), line in zip(horizons(found).items(), (":", "-.")):

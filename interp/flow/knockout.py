@@ -8,7 +8,7 @@ Cause     the measure is an intervention; random sets of equally many keys are i
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Optional, SupportsFloat, SupportsIndex, Union
+from typing import Any, Optional, SupportsFloat, SupportsIndex, Union
 
 import numpy as np
 import torch
@@ -152,7 +152,8 @@ def _windows(
         return here & inside[:, None, None] if bool(inside.any()) else None
 
     starts = [span.start for span in spans for _ in places]
-    found = replay_last(resumable, starts, **{"blocked" if renormalize else "zeroed": edges})
+    change: dict[str, Any] = {"blocked" if renormalize else "zeroed": edges}
+    found = replay_last(resumable, starts, **change)
     yield from found.float().split(len(places))
 
 
@@ -168,8 +169,9 @@ def _cut(
     from_[list(queries)] = True
     for number, keys in enumerate(places):
         cut[number, 0, :, list(keys)] = from_[first:, None]
-    edges = {"blocked" if renormalize else "zeroed": lambda layer: cut if layer in span else None}
-    return resumable.replay(span.start, rows, context=torch.arange(first), **edges).float()
+    change: dict[str, Any] = {
+        "blocked" if renormalize else "zeroed": lambda layer: cut if layer in span else None}
+    return resumable.replay(span.start, rows, context=torch.arange(first), **change).float()
 
 
 def single_layer(
@@ -230,7 +232,7 @@ def draw(found: Result, ax: Axes) -> Axes:
     roles = {"image": "image", "question": "question"}
     for name in map(str, found["segment"].values):
         mean = found["relative"].sel(segment=name).mean("prompt")
-        known = {} if name not in roles else {"color": color(roles[name])}
+        known: dict[str, Any] = {} if name not in roles else {"color": color(roles[name])}
         ax.plot(mean["layer"], mean, "-o", markersize=3, label=name, **known)
     ax.axhline(0, color=color("control"), linewidth=0.8)
     ax.set_xlabel(f"center of the window of {found.manifest['width']} layers")

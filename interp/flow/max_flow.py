@@ -7,7 +7,7 @@ Cause     none: capacities are attention, not information; report it beside a kn
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Optional, SupportsIndex, Union
+from typing import Any, Optional, SupportsIndex, Union
 
 import numpy as np
 import torch
@@ -239,7 +239,7 @@ def measure(
     given = [prompts] if isinstance(prompts, Prompt) else list(prompts)
     if not given:
         raise PromptError("no prompts to run: give at least one.")
-    where = list(queries) if isinstance(queries, list) else [queries] * len(given)
+    where: list[Any] = list(queries) if isinstance(queries, list) else [queries] * len(given)
     if len(where) != len(given):
         raise PromptError(f"queries for {len(where)} prompts, but {len(given)} prompts.")
     wanted = list(range(model.n_layers)) if layers is None else sorted({int(x) for x in layers})

@@ -7,7 +7,7 @@ Cause     the same model untrained; without position encodings; without the caus
 """
 
 from collections.abc import Sequence
-from typing import SupportsIndex, Union
+from typing import Any, SupportsIndex, Union
 
 import numpy as np
 import xarray as xr
@@ -165,7 +165,8 @@ def _rank(a: np.ndarray, b: np.ndarray) -> float:
     """Absolute rank correlation; 0 where the first does not vary."""
     if np.ptp(a) <= 1e-12 * (np.abs(a).max() + 1e-30):
         return 0.0
-    return abs(float(stats.spearmanr(a, b).statistic))
+    found: Any = stats.spearmanr(a, b)
+    return abs(float(found.statistic))
 
 
 def draw(found: Result, ax: Axes, layer: SupportsIndex) -> Axes:

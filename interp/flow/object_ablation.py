@@ -21,6 +21,7 @@ from torch import Tensor
 from interp.causal.metrics import AnswerAccuracy, AnswerLogProb, Metric
 from interp.causal.sweep import evaluate
 from interp.core import OutOfRange, Prompt, PromptError, Result, Segment, each, patch
+from interp.core.intervention import Each
 from interp.core.prompt import Where
 from interp.figures.style import color, style
 from interp.models.input_gradients import embedding_gradient
@@ -324,7 +325,7 @@ def measure(
                     _drawn(images[n], own, seed, out[n], None if values is None else values[n])
                     for n, own in enumerate(places)]
 
-    def write(plan: Sequence[Optional[tuple[int, ...]]], seed: int) -> object:
+    def write(plan: Sequence[Optional[tuple[int, ...]]], seed: int) -> Each:
         return each([] if own is None else [patch("embed", substitute(
             states[n], [images[n].index(p) for p in own], by, mean, seed), own)]
             for n, own in enumerate(plan))

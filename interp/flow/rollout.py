@@ -302,7 +302,7 @@ def measure(
     for name in variants:
         if name not in VARIANTS:
             raise ValueError(f"there is no variant {name!r}; choose from: {', '.join(VARIANTS)}.")
-    where = list(queries) if isinstance(queries, list) else [queries] * len(given)
+    where: list[Any] = list(queries) if isinstance(queries, list) else [queries] * len(given)
     if len(where) != len(given):
         raise PromptError(f"queries for {len(where)} prompts, but {len(given)} prompts.")
     longest = max(map(len, given))

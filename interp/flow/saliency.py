@@ -9,7 +9,7 @@ Cause     blank a token, or knock it out: `blank_out` and `knockout` are interve
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Optional, SupportsFloat, SupportsIndex, Union
+from typing import Any, Literal, Optional, SupportsFloat, SupportsIndex, Union
 
 import numpy as np
 import torch
@@ -227,12 +227,12 @@ class Contrast:
 
 
 def outcomes(
-    model: Model, given: Sequence[Contrast], writes: Sequence[object] = (),
+    model: Model, given: Sequence[Contrast], writes: Sequence[Any] = (),
     scale: Scale = "probability", batch_size: SupportsIndex = 32,
 ) -> Float[np.ndarray, "sample"]:
     """The number of each contrast, with interventions on each."""
     prompts = [one.prompt for one in given]
-    more = {"write": each(list(writes))} if len(writes) else {}
+    more: dict[str, Any] = {"write": each(list(writes))} if len(writes) else {}
     if given[0].partner is not None:
         last = f"resid_post.{model.n_layers - 1}"
         read = model.run(prompts, read=last, logits="none", batch_size=int(batch_size), **more)

@@ -104,11 +104,11 @@ def measure(
              "cases": [[c.relation, c.format, c.subject] for c in cases]}
     if not cases:
         nothing = np.full(size, np.nan)
-        data = {name: (("layer", "head"), nothing)
-                for name in ("score", "frequency", "standard_error", "null")}
-        data["eligible"] = (("layer", "head"), np.zeros(size, dtype=bool))
-        data["placebo"] = (("layer", "head", "pair"), np.zeros((*size, 0)))
-        return Result(xr.Dataset(data, _numbers(model)), {
+        empty: dict[str, Any] = {name: (("layer", "head"), nothing)
+                                 for name in ("score", "frequency", "standard_error", "null")}
+        empty["eligible"] = (("layer", "head"), np.zeros(size, dtype=bool))
+        empty["placebo"] = (("layer", "head", "pair"), np.zeros((*size, 0)))
+        return Result(xr.Dataset(empty, _numbers(model)), {
             **about, "note": "no conflict was given: none passed the closed-book check"})
     clean, twin = [c.clean for c in cases], [c.corrupt for c in cases]
     eligible = np.zeros(size, dtype=bool)
@@ -236,7 +236,8 @@ def intervene(
     ]
     if neutral:
         metrics.append(TextLoss(list(neutral), batch_size=batch_size))
-    parts, manifests = {}, {}
+    parts: dict[str, xr.Dataset] = {}
+    manifests: dict[str, Any] = {}
     for against in ("memory", "context"):
         if not ranked(scores(found), against):
             continue

@@ -146,7 +146,7 @@ def measure(
                     "prompt; put the question behind them."
                 )
             end = places[-1][-1] + 1
-            made = relevance(*(torch.tensor(x[i][..., :end]) for x in received), places)
+            made = relevance(*(torch.tensor(x[i][..., :end]) for x in received), documents=places)
             values[first + i, ..., : one.count] = made.numpy()
     place = np.array([one.place for one in asked])
     own = np.take_along_axis(values, place[:, None, None, None], -1)[..., 0]

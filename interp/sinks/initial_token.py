@@ -197,5 +197,5 @@ def draw(found: Result, gammas: Sequence[SupportsFloat], ax: Axes) -> Axes:
     twin.set_ylim(0, 1.15 * float(found["entropy"].mean("prompt").max()) or 1.0)
     twin.spines["right"].set_visible(True)
     lines = [*ax.get_lines()[:2], *twin.get_lines()]
-    ax.legend(lines, [line.get_label() for line in lines], loc="best")
+    ax.legend(lines, [str(line.get_label()) for line in lines], loc="best")
     return ax

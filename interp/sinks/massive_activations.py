@@ -248,7 +248,7 @@ def intervene(
 
     Source: arXiv:2402.17762, interventions at the output of one block.
     """
-    table = activations(found)
+    table: Any = activations(found)
     if table.empty:
         raise ValueError("no massive activations were found; there is nothing to set.")
     if layer is None:

@@ -151,7 +151,7 @@ def measure(
     Source: arXiv:2512.22213, `mlp_base.py` and `04.pca.ipynb`; controls and shares: this toolkit.
     """
     rng = np.random.default_rng(int(seed))
-    chosen = _pairs(prompts, found, label, int(most), rng)
+    chosen: Any = _pairs(prompts, found, label, int(most), rng)
     layers, counts = np.unique(chosen["onset"], return_counts=True)
     modal = int(layers[counts.argmax()])
     rows: list[dict[str, Any]] = []
@@ -252,7 +252,7 @@ def ordinary_positions(prompt: Prompt, table: pd.DataFrame, number: int) -> np.n
     """Positions of a prompt after the first three that are no sink of any kind."""
     free = np.ones(len(prompt), dtype=bool)
     free[:3] = False
-    free[table["position"][table["prompt"] == number].to_numpy(dtype=int)] = False
+    free[np.asarray(table["position"][table["prompt"] == number], dtype=int)] = False
     return np.flatnonzero(free)
 
 
@@ -260,7 +260,7 @@ def _pairs(
     prompts: Sequence[Prompt], found: Result, label: str, most: int, rng: np.random.Generator
 ) -> pd.DataFrame:
     """Sinks, each followed by its control: an ordinary position, best with the same token."""
-    table = sink_table(found)
+    table: Any = sink_table(found)
     chosen = table[table["label"] == label]
     if chosen.empty:
         raise ValueError(f"there is no {label} sink to look at.")

@@ -71,7 +71,7 @@ def intervene(
 
     Source: the method card of arXiv:2512.22213 asks for this test; it is not in the paper.
     """
-    table = sink_table(found)
+    table: Any = sink_table(found)
     table = table[table["label"] == "secondary"]
     if table.empty:
         raise ValueError("there is no secondary sink to intervene on.")

@@ -337,7 +337,8 @@ def sinks(found: Result) -> pd.DataFrame:
 
 def levels(found: Result) -> list[SinkLevels]:
     """What `measure` found as one `SinkLevels` per prompt, for `level_table` and released files."""
-    table, member = sinks(found), found["member"].values
+    table: Any = sinks(found)
+    member = found["member"].values
     rule: Rule = found.manifest["rule"]
     made = []
     for number in range(found.data.sizes["prompt"]):

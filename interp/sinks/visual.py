@@ -449,7 +449,7 @@ def measure(
         PromptError: a prompt without an image.
     """
     limit = portable_tau(model.d_model) if tau is None else float(tau)
-    rows = []
+    rows: list[xr.Dataset] = []
     for prompt in prompts:
         later = after_image(prompt)
         stats = [Received("later", subset=later), ValueWeighted(queries="later", subset=later)]
