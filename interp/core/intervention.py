@@ -10,7 +10,7 @@ import numpy as np
 
 from interp.core.head import Head, HeadLike
 from interp.core.head import heads as _heads
-from interp.core.prompt import Where
+from interp.core.prompt import Where, is_number
 from interp.core.segment import Segment
 from interp.core.site import Site
 
@@ -57,9 +57,8 @@ def _freeze(where: Where) -> Any:
         return ("slice", where.start, where.stop, where.step)
     if isinstance(where, (str, Segment)):
         return where
-    if isinstance(where, (int, np.integer)):
-        return int(where)
-    return tuple(int(position) for position in where)
+    numbers: Any = where
+    return int(numbers) if is_number(where) else tuple(int(position) for position in numbers)
 
 
 def thaw(where: Any) -> Where:

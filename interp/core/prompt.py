@@ -14,6 +14,16 @@ Where = Union[str, SupportsIndex, slice, Segment, Sequence[SupportsIndex], np.nd
 """Positions named by a segment, a kind, "all", "last", "image", a number, a slice or numbers."""
 
 
+def is_number(where: Where) -> bool:
+    """Whether this is one position: a number, or an array or tensor without axes.
+
+    Example:
+        >>> is_number(3), is_number(np.array(3)), is_number(np.array([3])), is_number("last")
+        (True, True, False, False)
+    """
+    return isinstance(where, SupportsIndex) and not getattr(where, "ndim", 0)
+
+
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """Tokens to run, with the places that matter in them.
@@ -122,7 +132,8 @@ class Prompt:
             self.segment(where)
         if isinstance(where, slice):
             return tuple(range(*where.indices(n)))
-        numbers = [where] if isinstance(where, (int, np.integer)) else list(where)  # type: ignore
+        several: Any = [where] if is_number(where) else where
+        numbers = list(several)
         for number in numbers:
             if not -n <= int(number) < n:
                 raise OutOfRange(

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 import interp
 from interp.core import Head, HeadScores, OutOfRange, PromptError, SegmentNotFound, SiteRefused
@@ -20,6 +21,12 @@ def test_places_are_found_by_name_kind_number_and_slice(prompt):
     assert prompt.positions("all") == tuple(range(10))
     assert prompt.positions("last") == prompt.positions(-1) == (9,)
     assert prompt.positions(slice(8, None)) == (8, 9)
+
+
+@pytest.mark.parametrize("number", [3, np.int64(3), np.array(3), torch.tensor(3)])
+def test_one_position_is_one_position_whatever_holds_the_number(prompt, number):
+    assert prompt.positions(number) == prompt.positions([3]) == (3,)
+    assert interp.block(queries=number, keys="image") == interp.block(queries=3, keys="image")
 
 
 def test_several_images_share_a_kind():
