@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from typing import NamedTuple, Union
+from typing import Any, NamedTuple, Union
 
 from interp.core.errors import OutOfRange
 
@@ -53,13 +53,13 @@ def heads(given: Union[HeadLike, Iterable[HeadLike]]) -> tuple[Head, ...]:
         >>> heads("L1H2")
         (L1H2,)
     """
-    if isinstance(given, str) or (
+    one = isinstance(given, str) or (
         isinstance(given, tuple) and len(given) == 2 and all(isinstance(x, int) for x in given)
-    ):
-        given = [given]  # type: ignore[list-item]
+    )
+    several: Any = [given] if one else given
     found = {
         Head.parse(item) if isinstance(item, str) else Head(int(item[0]), int(item[1]))
-        for item in given  # type: ignore[union-attr]
+        for item in several
     }
     return tuple(sorted(found))
 

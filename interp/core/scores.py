@@ -54,7 +54,8 @@ class HeadScores:
 
         return cls(label(scores), **{k: label(v) for k, v in more.items() if v is not None})
 
-    def _ranked(self) -> pd.Series:
+    def _ranked(self) -> Any:
+        """The eligible scores as a series by (layer, head), highest first."""
         values = self.scores
         if self.eligible is not None:
             values = values.where(self.eligible)

@@ -9,6 +9,7 @@ truth for OCR heads, object ablation and hallucination tests."""
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -139,7 +140,7 @@ def handwriting(held_out: bool) -> tuple[UInt8[np.ndarray, "image 8 8"], Int[np.
     permutation: the images are held out, the writers are not."""
     from sklearn.datasets import load_digits
 
-    data = load_digits()
+    data: Any = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
     chosen = order[-_HELD_OUT:] if held_out else order[:-_HELD_OUT]
     return data.images[chosen].astype(np.uint8), data.target[chosen].astype(np.int64)

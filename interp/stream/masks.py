@@ -123,7 +123,8 @@ def as_mask(given: Any) -> Mask:
     if isinstance(given, Tensor):
         return from_tensor(given)
     if callable(given):
-        return Mask(lambda query, key: given(query.flatten(), key))
+        rule: Any = given
+        return Mask(lambda query, key: rule(query.flatten(), key))
     raise ValueError(
         f"mask is a {type(given).__name__}; give causal(), sliding_window(w), bidirectional(), "
         "from_tensor(dense) or a function of query and key positions."
@@ -249,8 +250,9 @@ def from_tensor(
         return Mask(lambda query, key: at(dense, query, key), reach)
     seen = dense > torch.finfo(dense.dtype).min / 2
     added = dense.masked_fill(~seen, 0.0)
-    bias = None
-    if bool((added != 0).any()):
-        def bias(query: Tensor, key: Tensor) -> Tensor:
-            return at(added, query, key)
-    return Mask(lambda query, key: at(seen, query, key), reach, bias=bias)
+
+    def bias(query: Tensor, key: Tensor) -> Tensor:
+        return at(added, query, key)
+
+    adds = bool((added != 0).any())
+    return Mask(lambda query, key: at(seen, query, key), reach, bias=bias if adds else None)

@@ -148,7 +148,7 @@ class TopDimensions(ResidualReducer):
 
     def merge(self, other: "TopDimensions") -> "TopDimensions":  # type: ignore[override]
         """As in `ResidualReducer`."""
-        both = super().merge(other)
+        both: Any = super().merge(other)
         both._counts = self._counts.merge(other._counts)
         return both
 
@@ -256,7 +256,7 @@ class Cosine(ResidualReducer):
 
     def merge(self, other: "Cosine") -> "Cosine":  # type: ignore[override]
         """As in `ResidualReducer`."""
-        both = super().merge(other)
+        both: Any = super().merge(other)
         if both._direction is None:
             both._direction = other._direction
         both._resolve()

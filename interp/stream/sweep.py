@@ -196,9 +196,9 @@ class Part:
         """A mask or bias with axes [pair, group, query, key], or the same for all."""
         if values is None or all(alike):
             return values
-        values = _of(values, self.sequences, self.heads)
-        return values.expand(*self.outside[:2], *values.shape[2:]).reshape(
-            *self.inside[:2], *values.shape[2:])
+        part = _of(values, self.sequences, self.heads)
+        return part.expand(*self.outside[:2], *part.shape[2:]).reshape(
+            *self.inside[:2], *part.shape[2:])
 
     def _find_sums(self) -> None:
         for number, span in enumerate(self.block.spans):
