@@ -32,7 +32,7 @@ HANDLED = {
     "output_router_logits", "logits_to_keep",
 }
 
-_SESSIONS: "weakref.WeakKeyDictionary[nn.Module, tuple[Session, int]]" = (
+_SESSIONS: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, int]]" = (
     weakref.WeakKeyDictionary()
 )
 
@@ -76,15 +76,16 @@ class LazyMask:
         if named is not None:
             return named(queries, keys)[None]
         batch, head = queries.new_tensor([row]), queries.new_tensor([0])
+        rule = self.rule
+        assert rule is not None  # only masks with a name, or made by the model, have none
         if self.by_element:
-            rule = self.rule
             for dims in ((None,) * 3 + (0,), (None, None, 0, None),
                          (None, 0, None, None), (0, None, None, None)):
                 rule = torch.vmap(rule, in_dims=dims, out_dims=0)
             with TransformGetItemToIndex():
                 seen = rule(batch, head, queries, keys)
         else:
-            seen = self.rule(
+            seen = rule(
                 batch[:, None, None, None], head[None, :, None, None],
                 queries[None, None, :, None], keys[None, None, None, :],
             )
@@ -122,7 +123,7 @@ def _make_mask(
         plain = "full"
     elif allow_is_causal_skip:
         plain = "causal" if local_size is None else "window"
-        if plain == "window" and not _slides(mask_function, int(local_size)):
+        if local_size is not None and not _slides(mask_function, int(local_size)):
             plain = None  # chunks, as in Llama 4: their size comes under the same name
     return LazyMask(mask_function, q_length, kv_length, q_offset, kv_offset, padding,
                     use_vmap, plain, local_size)
@@ -241,7 +242,8 @@ def session_attention(
                     query_offset=mask.q_offset if rows is None else None, query_positions=rows,
                     key_offset=mask.kv_offset, layer=layer, want_output=not fused,
                 )
-                z = z if fused else streamed.output
+                if streamed.output is not None:
+                    z = streamed.output
         z = z[0].transpose(0, 1)
         outputs.append(edits.apply(layer, "z", z, now))
         for name, x in (("q", q[0]), ("k", k[0]), ("v", v[0])):
@@ -260,7 +262,7 @@ def chosen_queries(reducers: list, first: int, n: int) -> Optional[list[int]]:
     if not wanted or any(where is None for where in wanted):
         return None
     queries = torch.arange(first, first + n)
-    some = torch.stack([where.among(queries) for where in wanted]).any(0)
+    some = torch.stack([where.among(queries) for where in wanted if where is not None]).any(0)
     # One row at least, so that a statistic knows that there was a pass, and how long it was.
     some[-1] = True
     return None if bool(some.all()) else queries[some].tolist()

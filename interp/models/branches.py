@@ -94,7 +94,7 @@ class Branches:
             raise OutOfRange(f"the prompt has no position {list(keep)[kept.index(-1)]}: it has "
                              f"{len(prompt)} tokens.")
         ids = torch.tensor([prompt.ids], device=self._lane.device)
-        self._remembering = [m for m in model.hf.modules() if "rope_deltas" in vars(m)]
+        self._remembering: list[Any] = [m for m in model.hf.modules() if "rope_deltas" in vars(m)]
         with no_earlier_picture(model.hf):
             rows, self._cache, self.states = self._pass(
                 ids, self._lane._inputs([prompt]), Pass(0, len(prompt)), None, kept)

@@ -130,7 +130,7 @@ class EarlyDecoder:
                 handle.remove()
         return seen, run.reads
 
-    def _tail(self, seen: list[Seen]) -> tuple[nn.Module, nn.Module]:
+    def _tail(self, seen: list[Seen]) -> tuple[nn.Module, Any]:
         """The final norm and the vocabulary head: last block -> norm -> head."""
         (last,) = [made for module, _, made in seen if module is self.lane.blocks[-1].module]
         for norm, given, normed in seen:

@@ -133,6 +133,7 @@ class Edits:
                 continue
             value = None
             if isinstance(one, AblateHeads) and one.value is not None:
+                assert heads is not None  # this names its heads
                 value = self._head_value(one, layer, heads, prompt)
             self._heads.setdefault(layer, []).append((one, heads, value))
 

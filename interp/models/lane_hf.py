@@ -295,7 +295,7 @@ def no_earlier_picture(hf: nn.Module) -> Iterator[None]:
 
     They add it to every later decoding step, also after a prompt without a picture.
     """
-    remembering = [module for module in hf.modules() if "rope_deltas" in vars(module)]
+    remembering: list[Any] = [module for module in hf.modules() if "rope_deltas" in vars(module)]
     before = [module.rope_deltas for module in remembering]
     try:
         for module in remembering:
@@ -354,7 +354,7 @@ def _write_middle(block: Block, act: Callable, stored: dict[int, Tensor]) -> lis
     ]
 
 
-def _text_configs(hf: nn.Module) -> list[Any]:
+def _text_configs(hf: Any) -> list[Any]:
     """Every config object that the language part reads its attention implementation from."""
     wanted = hf.config.get_text_config()
     found: dict[int, Any] = {id(wanted): wanted}
@@ -369,7 +369,7 @@ def _text_configs(hf: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def probe_ids(hf: nn.Module, length: int) -> Tensor:
+def probe_ids(hf: Any, length: int) -> Tensor:
     """Token ids for a short probing pass: ordinary tokens, no image placeholders."""
     config = hf.config.get_text_config()
     special = {
@@ -386,7 +386,7 @@ def probe_ids(hf: nn.Module, length: int) -> Tensor:
     return torch.tensor([ids], device=input_device(hf))
 
 
-def _present(module: nn.Module) -> Tensor:
+def _present(module: Any) -> Tensor:
     """The weight of a module, fetched where it is offloaded."""
     if not module.weight.is_meta:
         return module.weight.detach()
@@ -405,7 +405,7 @@ def input_device(hf: nn.Module) -> torch.device:
     return torch.device(getattr(getattr(hf, "_hf_hook", None), "execution_device", None) or "cpu")
 
 
-def shape_of(blocks: Sequence[Block], hf: nn.Module) -> Shape:
+def shape_of(blocks: Sequence[Block], hf: Any) -> Shape:
     """Sizes from the config, checked by the caller against what actually flows."""
     config = hf.config.get_text_config()
     n_heads = config.num_attention_heads
@@ -442,10 +442,11 @@ def _mlp_owner(module: nn.Module) -> Optional[nn.Module]:
 def _gated_stages(owner: nn.Module) -> Optional[Callable[[Tensor], dict[str, Tensor]]]:
     """A candidate for the stages of a gated MLP; checked by use."""
     names = ("gate_proj", "up_proj", "down_proj")
-    gate, up, down = (getattr(owner, name, None) for name in names)
-    activation = getattr(owner, "act_fn", None) or getattr(owner, "activation_fn", None)
-    if not (callable(gate) and callable(up) and callable(down) and callable(activation)):
+    parts: list[Any] = [getattr(owner, name, None) for name in names]
+    parts.append(getattr(owner, "act_fn", None) or getattr(owner, "activation_fn", None))
+    if not all(map(callable, parts)):
         return None
+    gate, up, down, activation = parts
 
     def stages(x: Tensor) -> dict[str, Tensor]:
         lifted, gated = up(x), gate(x)
@@ -459,7 +460,7 @@ def _gated_stages(owner: nn.Module) -> Optional[Callable[[Tensor], dict[str, Ten
 
 def _mlp_function(block: Block) -> Optional[Callable[[Tensor], Tensor]]:
     """A candidate for the block's MLP, by the shapes transformers gives to it; checked by use."""
-    module = block.module
+    module: Any = block.module
     owner = _mlp_owner(module)
     inner: Optional[Callable[[Tensor], Any]] = owner
     if inner is None and hasattr(module, "fc1") and hasattr(module, "fc2"):

@@ -304,7 +304,8 @@ class Explorer:
             for path, names in paths:
                 for name in names:
                     operation = getattr(root.get(path).source, name)
-                    entry = arguments(*operation.inputs, masks)
+                    args, kwargs = operation.inputs
+                    entry = arguments(args, kwargs, masks)
                     output = operation.output
                     wrapped = isinstance(output, tuple)
                     seen.append((entry, wrapped, (output[0] if wrapped else output).detach().cpu()))
@@ -359,7 +360,7 @@ def _transferred(example: Block, entry: nn.Module, index: int) -> Block:
     def there(module: nn.Module) -> nn.Module:
         return entry.get_submodule(names[id(module)])
 
-    ports = {
+    ports: dict[str, Any] = {
         name: (there(port[0]), port[1])
         for name in ("attn_out", "resid_mid", "mlp_in", "mlp_out")
         if (port := getattr(example, name)) is not None

@@ -40,7 +40,7 @@ def redrawn(hf: nn.Module, seed: SupportsIndex = 0) -> nn.Module:
     Raises:
         ModelRefused: the class cannot be made from its config alone, or not all of its parameters.
     """
-    config = copy.deepcopy(hf.config)
+    config: Any = copy.deepcopy(hf.config)
     if hasattr(config, "quantization_config"):
         # What is drawn at random has no quantized form; the null is computed in full.
         del config.quantization_config

@@ -87,7 +87,7 @@ class RowGroups:
         given: dict[str, Any],
     ) -> Tensor:
         count, rows = len(group.members), self.length - group.low
-        if group.variant is None:
+        if group.variant is None or group.position is None:
             padded = q[group.rows].unflatten(0, (count, rows))
         else:
             padded = q.new_zeros(count, rows, *q.shape[1:])
@@ -95,7 +95,7 @@ class RowGroups:
         seen = self._seen(layer, group, cuts)
         z = weighted_values(padded, self._whole(layer, group, k, "keys"),
                             self._whole(layer, group, v, "values"), seen, given)
-        if group.variant is None:
+        if group.variant is None or group.position is None:
             return z.flatten(0, 1)
         return z[group.variant, group.position - group.low]
 
@@ -184,4 +184,5 @@ def weighted_values(
     given: dict[str, Any],
 ) -> Float[Tensor, "variant row head d_value"]:
     """What the rows read; `seen` `[.., row, key]`, None for causal attention."""
-    return attended(*(x.transpose(1, 2) for x in (q, k, v)), seen, given)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return attended(q, k, v, seen, given)

@@ -126,12 +126,12 @@ def stack_labelled(rows: list[list[xr.DataArray]], layers: Sequence[int]) -> xr.
     first = rows[0][0]
     array = stack([[x.values for x in row] for row in rows], tuple(str(d) for d in first.dims))
     array = array.assign_coords(layer=list(layers))
-    longest: dict[str, Any] = {}
+    longest: dict[Any, Any] = {}
     for row in rows:
         for x in row:
             for name, coordinate in x.coords.items():
                 if coordinate.dims == (name,) and len(coordinate) > len(longest.get(name, ())):
-                    longest[str(name)] = coordinate.values
+                    longest[name] = coordinate.values
     array = array.assign_coords(longest)
     array.attrs.update(first.attrs)
     return array

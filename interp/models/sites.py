@@ -41,8 +41,8 @@ class Block:
         return getattr(self, name)
 
 
-def first_tensor(value: Any) -> Optional[Tensor]:
-    """The hidden state in what a module takes or returns: the first tensor of a tuple."""
+def first_tensor(value: Any) -> Any:
+    """The hidden state in what a module takes or returns: the first tensor of a tuple, else None."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, (tuple, list)) and value and isinstance(value[0], Tensor):
@@ -50,8 +50,8 @@ def first_tensor(value: Any) -> Optional[Tensor]:
     return None
 
 
-def hidden_input(args: tuple, kwargs: dict) -> Optional[Tensor]:
-    """The hidden state among a module's arguments."""
+def hidden_input(args: tuple, kwargs: dict) -> Any:
+    """The hidden state among a module's arguments, None where there is none."""
     found = first_tensor(args)
     if found is None:
         for name in ("hidden_states", "x", "hidden_state", "input"):
@@ -113,6 +113,8 @@ def solve(block: Block, seen: list) -> None:
     if whole is None or whole[1] is None or whole[2] is None:
         return
     before, after = _flat(whole[1]), _flat(whole[2])
+    if before is None or after is None:
+        return
     inner = [
         (module, _flat(given), _flat(made))
         for module, given, made in seen
@@ -201,7 +203,7 @@ def _holds(outer: nn.Module, inner: nn.Module) -> bool:
     return any(module is inner for module in outer.modules())
 
 
-def _flat(x: Optional[Tensor]) -> Optional[Tensor]:
+def _flat(x: Optional[Tensor]) -> Any:
     """As `[positions, width]`, whatever batch axes a block uses inside."""
     return None if x is None or x.ndim < 2 else x.reshape(-1, x.shape[-1])
 
@@ -218,6 +220,6 @@ def _error(total: Tensor, *parts: Tensor) -> float:
     """
     if any(part.shape != total.shape for part in parts):
         return float("inf")
-    rounding = torch.finfo(total.dtype).eps * sum(part.double().abs() for part in parts)
+    rounding: Any = torch.finfo(total.dtype).eps * sum(part.double().abs() for part in parts)
     gap = (sum(part.double() for part in parts) - total.double()).abs()
     return float((gap / rounding.clamp_min(1e-30)).max())

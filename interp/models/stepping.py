@@ -133,7 +133,7 @@ class Stepping:
         self, group: "_Group", ids: Tensor, inputs: dict, now: Pass, before: bool = False
     ) -> None:
         group.now, group.held, group.leaves = now, {}, []
-        edits = [self.edits[n] for n in group.numbers]
+        edits: list[Any] = [self.edits[n] for n in group.numbers]
         differentiated = bool(self.gradients) and not before
         if differentiated:
             edits = [_Leaves(one, self.gradients) for one in edits]
@@ -159,7 +159,7 @@ class Stepping:
             for number in group.numbers:
                 for layer in self.gradients:
                     group.values[number, layer] = group.held[number, "v", layer]
-        scores = group.scores.detach().float().cpu()
+        scores = out.logits[:, -1].detach().float().cpu()
         if torch.isnan(scores).any():
             raise NumericalError(
                 "NaN in the logits while decoding; check the values you write, or open the model "
@@ -242,7 +242,7 @@ def frozen(hf: nn.Module) -> Iterator[None]:
 @contextmanager
 def _own_offsets(hf: nn.Module, own: dict[nn.Module, Any]) -> Iterator[None]:
     """The position offset that Qwen-VL models remember from a picture, kept stream by stream."""
-    remembering = [module for module in hf.modules() if "rope_deltas" in vars(module)]
+    remembering: list[Any] = [module for module in hf.modules() if "rope_deltas" in vars(module)]
     before = [module.rope_deltas for module in remembering]
     try:
         for module in remembering:

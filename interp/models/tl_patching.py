@@ -109,7 +109,7 @@ def last_rows(
 
 
 def _name(site: str, layer: int) -> str:
-    from transformer_lens.utilities import get_act_name
+    from transformer_lens.utilities import get_act_name  # pyright: ignore[reportPrivateImportUsage]
 
     return get_act_name(site, layer)
 
@@ -163,4 +163,4 @@ def _quiet() -> Iterator[None]:
     try:
         yield
     finally:
-        patching.tqdm = before
+        patching.tqdm = before  # pyright: ignore[reportPrivateImportUsage]

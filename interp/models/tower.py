@@ -201,7 +201,7 @@ def _configs(tower: nn.Module, config: Any) -> list[Any]:
     return list(found.values())
 
 
-def _features(hf: nn.Module, model: Model, prompt: Prompt) -> list[Tensor]:
+def _features(hf: Any, model: Model, prompt: Prompt) -> list[Tensor]:
     """The projected features of every picture, by the model's own method."""
     if not hasattr(hf, "get_image_features"):
         raise ModelRefused(f"{model.name} has no method for the features of pictures alone.")

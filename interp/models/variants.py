@@ -429,7 +429,8 @@ class _Running:
         if self.mode == "cut":
             z = groups.cut_rows(layer, q, [now for _, now in self.here], cuts, given)
         elif self.mode == "last":
-            z = groups.last_rows(layer, q, *self.kept, cuts, given)
+            keys, values = self.kept
+            z = groups.last_rows(layer, q, keys, values, cuts, given)
         else:
             z = groups.all_rows(layer, q, k, v, cuts, given)
         return self._edited(layer, "z", z)[None]
