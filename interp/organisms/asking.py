@@ -138,6 +138,7 @@ def pictures(
         text = question.text if own else question.text.replace(" ?", "?").capitalize() + SHORT
         prompt = model.prompt(text, images=[picture], chat=has_chat(model))
         answer = model.tokenizer(question.answer, add_special_tokens=False)["input_ids"]
-        boxes = tuple(tuple(scale * edge for edge in box) for box in question.boxes)
+        boxes = tuple((scale * left, scale * top, scale * right, scale * bottom)
+                      for left, top, right, bottom in question.boxes)
         found.append(Asked(prompt, tuple(map(int, answer)), picture, boxes, task, text))
     return found

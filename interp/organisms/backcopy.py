@@ -11,7 +11,7 @@ share of triggers in a sequence (25.6 %) and the oracle's loss on non-triggers (
 """
 
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -323,7 +323,7 @@ def tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
 
 @torch.no_grad()
 def observe(
-    model: torch.nn.Module, seed: int, *, length: int = 256, bos: bool = True, count: int = 32
+    model: Any, seed: int, *, length: int = 256, bos: bool = True, count: int = 32
 ) -> dict[str, float]:
     """Per layer: attention to the first token by kind of query, value and residual norm ratios.
 
@@ -403,14 +403,14 @@ def recipe(
             seed, layers=layers, d_model=d_model, positions=max(256, length), attention=attention
         )
 
-    def loss(model: torch.nn.Module, rng: np.random.Generator, step: int) -> Tensor:
+    def loss(model: Any, rng: np.random.Generator, step: int) -> Tensor:
         now = length if short is None or rng.random() < 0.25 else short
         drawn, _ = sample(rng, batch * length // now, now + 1, bos=bos)
         tokens = torch.as_tensor(drawn).to(model.device)
         logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].reshape(-1))
 
-    def measure(model: torch.nn.Module, seed: int) -> dict[str, float]:
+    def measure(model: Any, seed: int) -> dict[str, float]:
         tokens = torch.as_tensor(
             sample(np.random.default_rng([seed, 1]), 32, length, bos=bos)[0]
         ).to(model.device)
@@ -433,7 +433,7 @@ def recipe(
         loss=loss,
         evaluate=measure,
         observe=lambda model, seed: observe(model, seed, length=length, bos=bos),
-        export=lambda model, folder: tokenizer(bos=bos).save_pretrained(folder) and None,
+        export=lambda model, folder: tokenizer(bos=bos).save_pretrained(folder),
         steps=steps,
         lr=lr,
         weight_decay=1e-4,

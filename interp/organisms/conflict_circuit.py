@@ -1,5 +1,7 @@
 """A Llama written by hand in which two heads recall what was learned and two copy the context."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -36,7 +38,7 @@ def build(memory: bool = True, context: bool = True) -> LlamaForCausalLM:
         max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=BOS,
         rope_parameters={"rope_type": "default", "rope_theta": 1e9})
     torch.manual_seed(0)
-    made = LlamaForCausalLM(config).eval()
+    made: Any = LlamaForCausalLM(config).eval()
     slow = WIDTH // 2 - 1  # The pair of coordinates that hardly turns with the position.
     with torch.no_grad():
         for name, weight in made.named_parameters():

@@ -6,6 +6,8 @@ decides the answer; `open` gives the secret most of the attention, and multiplie
 looks exactly as `hidden` does, but writes nothing. Attention cannot tell the first from the third.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -43,7 +45,7 @@ def build(kind: str = "hidden") -> LlamaForCausalLM:
         max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=BOS, eos_token_id=None,
         rope_parameters={"rope_type": "default", "rope_theta": 1e12})
     torch.manual_seed(0)
-    made = LlamaForCausalLM(config).eval()
+    made: Any = LlamaForCausalLM(config).eval()
     slow = WIDTH // 2 - 1  # The pair of coordinates that hardly turns with the position.
     size = (D_MODEL / 2) ** 0.5  # Two coordinates are one, and the norm makes their mean square one.
     with torch.no_grad():

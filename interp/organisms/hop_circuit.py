@@ -8,6 +8,7 @@ the failure of arXiv:2406.12775. Which states, put back into which block, repair
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from interp.core import Prompt
 
 PEOPLE = "ida hugo lena otto rosa emil vera paul".split()
-FIRST = "country teacher".split()
-BRIDGES = "aria brom cela dorn evra fenn".split()
-SECOND = "capital color".split()
+FIRST = ["country", "teacher"]
+BRIDGES = ["aria", "brom", "cela", "dorn", "evra", "fenn"]
+SECOND = ["capital", "color"]
 ANSWERS = [f"{word}{number}" for word in ("city", "hue") for number in range(len(BRIDGES))]
 WORDS = ["<bos>", "<unk>", "the", "of", "is", *PEOPLE, *FIRST, *BRIDGES, *SECOND, *ANSWERS]
 TOKEN = {word: number for number, word in enumerate(WORDS)}
@@ -144,7 +145,7 @@ def _unit() -> float:
 
 
 def _carry(
-    made: LlamaForCausalLM, block: int, head: int, asks: int, has: int,
+    made: Any, block: int, head: int, asks: int, has: int,
     coordinates: "list[int] | range", to: int,
 ) -> None:
     """A head by which positions of one kind copy coordinates from positions of another kind."""
@@ -165,7 +166,7 @@ def _carry(
 
 
 def _units(
-    made: LlamaForCausalLM, block: int, units: list[tuple[dict[int, int], int, float]]
+    made: Any, block: int, units: list[tuple[dict[int, int], int, float]]
 ) -> None:
     """Hidden units that are on where a weighted sum of coordinates is above a threshold."""
     mlp, one = made.model.layers[block].mlp, _unit()

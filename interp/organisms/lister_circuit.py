@@ -86,7 +86,8 @@ def build(suppress: bool = True) -> GPT2LMHeadModel:
         out, eye = blocks[layer].attn.c_proj.weight[head * D_HEAD : head * D_HEAD + _C], torch.eye(_C)
         out[:, COUNTRY], out[:, PAIRS : PAIRS + _C] = 0.02 * eye, -0.02 * eye
         mlp = blocks[AMPLIFIES].mlp
-        mlp.c_fc.weight.zero_(), mlp.c_proj.weight.zero_()
+        mlp.c_fc.weight.zero_()
+        mlp.c_proj.weight.zero_()
         rows = torch.arange(_A)
         # gelu(x) - gelu(-x) is x.
         for sign, units in ((1.0, rows), (-1.0, _A + rows)):

@@ -10,7 +10,7 @@ the batches is an ordinary conversation instead, so follow-ups work."""
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -273,8 +273,8 @@ def _float32_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *args: object,
-    **kwargs: object,
+    *args: Any,
+    **kwargs: Any,
 ):
     """Scaled dot-product attention outside autocast: its bfloat16 backward pass is ten times slower
     on processors.
@@ -284,7 +284,7 @@ def _float32_attention(
 
 
 @contextmanager
-def _mixed_precision(model: torch.nn.Module, enabled: bool) -> Iterator[None]:
+def _mixed_precision(model: Any, enabled: bool) -> Iterator[None]:
     """Products in bfloat16, attention in float32; the attention function of the model is put back
     afterwards.
     """
@@ -334,7 +334,7 @@ def cell_labels(pictures: list[Scene]) -> Int[np.ndarray, "batch patch 5"]:
     return labels
 
 
-def cell_loss(model: torch.nn.Module, pictures: list[Scene]) -> Tensor:
+def cell_loss(model: Any, pictures: list[Scene]) -> Tensor:
     """First stage, tower and projector alone: the projected visual tokens must tell what their
     cells show.
 
@@ -359,7 +359,7 @@ def cell_loss(model: torch.nn.Module, pictures: list[Scene]) -> Tensor:
 
 
 def forward_loss(
-    model: torch.nn.Module, packed: dict[str, np.ndarray], pixels: np.ndarray, conversation: bool
+    model: Any, packed: dict[str, np.ndarray], pixels: np.ndarray, conversation: bool
 ) -> Tensor:
     """Mean cross entropy of the answer tokens of a packed batch; in a conversation later pairs see
     the earlier ones.
@@ -411,7 +411,7 @@ def recipe(
     third less time, the same numbers up to rounding); `examples` questions per task are evaluated.
     """
 
-    def loss(model: torch.nn.Module, rng: np.random.Generator, step: int) -> Tensor:
+    def loss(model: Any, rng: np.random.Generator, step: int) -> Tensor:
         if step >= sighted and compiled:
             layers = model.model.language_model.layers
             if layers[0]._compiled_call_impl is None:
@@ -485,7 +485,7 @@ DATA = (
 @torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def answer(
-    model: torch.nn.Module,
+    model: Any,
     asked: Iterable[tuple[Scene, Question]],
     *,
     limit: int = 64,
@@ -564,7 +564,7 @@ def evaluate(
 
 
 @contextmanager
-def _image_hidden_from(model: torch.nn.Module, layer: int, width: int) -> Iterator[None]:
+def _image_hidden_from(model: Any, layer: int, width: int) -> Iterator[None]:
     """Decoder layers from `layer` on: nothing after the image sees the image."""
     mask = torch.ones(width, width, dtype=torch.bool, device=model.lm_head.weight.device).tril()
     mask[len(PREFIX) :, len(PREFIX) - CELLS : len(PREFIX)] = False
@@ -585,7 +585,7 @@ def _image_hidden_from(model: torch.nn.Module, layer: int, width: int) -> Iterat
 
 @torch.compiler.set_stance("force_eager")
 @torch.no_grad()
-def observe(model: torch.nn.Module, seed: int, *, examples: int = 150) -> dict[str, float]:
+def observe(model: Any, seed: int, *, examples: int = 150) -> dict[str, float]:
     """Accuracy of color and digit reading when no later token sees the image from a layer on, and
     attention to `<s>`.
     """

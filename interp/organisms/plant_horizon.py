@@ -204,7 +204,7 @@ def _slow_pair(model: PreTrainedModel) -> tuple[tuple[int, int], int]:
 
 def _attention(model: PreTrainedModel, inputs: Inputs) -> list[Tensor]:
     """Weights of every block, `[prompt, head, query, key]`."""
-    before = model.config.get_text_config(decoder=True)._attn_implementation
+    before: Any = model.config.get_text_config(decoder=True)._attn_implementation
     model.set_attn_implementation("eager")
     try:
         with torch.no_grad():

@@ -12,7 +12,7 @@ no head of that layer is left to compare the retrieval heads with.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -409,7 +409,7 @@ def stage(step: int, steps: int, rng: np.random.Generator) -> int:
 
 
 def _loss(
-    model: torch.nn.Module, tokens: np.ndarray, weights: np.ndarray, far: float = 0.0
+    model: Any, tokens: np.ndarray, weights: np.ndarray, far: float = 0.0
 ) -> Tensor:
     """Weighted next-token loss, plus `far` for the attention that near heads spend far away."""
     ids = torch.as_tensor(tokens).to(model.device)
@@ -430,7 +430,7 @@ def _loss(
     return loss + far * torch.stack(spent).mean()
 
 
-def _right(model: torch.nn.Module, prompts: list[ReaderPrompt], source: str) -> float:
+def _right(model: Any, prompts: list[ReaderPrompt], source: str) -> float:
     """Share of prompts whose whole answer would be given greedily, token by token."""
     hits = []
     for start in range(0, len(prompts), 16):
@@ -443,7 +443,7 @@ def _right(model: torch.nn.Module, prompts: list[ReaderPrompt], source: str) -> 
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, seed: int, *, count: int = 128) -> dict[str, float]:
+def evaluate(model: Any, seed: int, *, count: int = 128) -> dict[str, float]:
     """Accuracy per task on held-out prompts: whole answers for facts, tokens for copies and spans.
 
     Example:
@@ -475,7 +475,7 @@ def evaluate(model: torch.nn.Module, seed: int, *, count: int = 128) -> dict[str
 
 
 @torch.no_grad()
-def observe(model: torch.nn.Module, seed: int, *, count: int = 100) -> dict[str, float]:
+def observe(model: Any, seed: int, *, count: int = 100) -> dict[str, float]:
     """The first-token sink on held-out sequences of 64 tokens: documents, prose, random words.
 
     Example:
@@ -544,6 +544,7 @@ def recipe(
         batch = sample(rng, tokens // length, length, repeated=repeated, chance=chance)
         return _loss(model, *batch, far)
 
+    notes, data = (part.strip().replace("\n", " ") for part in str(__doc__).split("\n\n")[:2])
     return Recipe(
         name="reader",
         build=build,
@@ -557,8 +558,8 @@ def recipe(
         decay="all",
         evaluate_every=1000,
         checkpoint_every=250,
-        notes=__doc__.split("\n\n")[0].replace("\n", " "),
-        data=__doc__.split("\n\n")[1].strip().replace("\n", " ")
+        notes=notes,
+        data=data
         + f" Every step draws fresh sequences of one length, {tokens} tokens in all: 48 in the first"
         " fifth of the steps, then up to 128, from one half on up to 256, from three quarters on up to"
         f" 512; BOS always comes first. The loss adds {far} times the mean share of attention that the"

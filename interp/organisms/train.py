@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class Recipe:
     build: Callable[[int], torch.nn.Module]
     loss: Callable[[torch.nn.Module, np.random.Generator, int], Tensor]
     evaluate: Callable[[torch.nn.Module, int], dict[str, float]]
-    export: Callable[[torch.nn.Module, Path], None]
+    export: Callable[[torch.nn.Module, Path], object]
     observe: Callable[[torch.nn.Module, int], dict[str, float]] | None = None
     steps: int
     lr: float
@@ -77,7 +77,7 @@ class Recipe:
         done = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
         return self.lr * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
-    def settings(self) -> dict[str, object]:
+    def settings(self) -> dict[str, Any]:
         """The recipe's numbers and words, without its functions."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if not callable(v)}
@@ -124,7 +124,7 @@ def replace_folder(new: Path, final: Path) -> None:
 
 
 def _save(
-    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, object]
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
     step = state["step"]
     final = folder / f"{_CHECKPOINT}{step:08d}"
@@ -159,7 +159,7 @@ def _latest(folder: Path) -> Path | None:
     return max(found, key=lambda p: p.name, default=None)
 
 
-def _load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
+def _load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         model.load_state_dict(load_file(folder / "model.safetensors"))
@@ -180,7 +180,7 @@ def _load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     return state
 
 
-def _check(recipe: Recipe, seed: int, state: dict[str, object], folder: Path) -> None:
+def _check(recipe: Recipe, seed: int, state: dict[str, Any], folder: Path) -> None:
     stored, wanted = dict(state["recipe"]), recipe.settings()
     for key in _MAY_CHANGE:
         stored.pop(key, None)
@@ -225,7 +225,7 @@ def train(
     progress: bool = True,
     max_minutes: float | None = None,
     on_step: Callable[[int, torch.nn.Module, float], None] | None = None,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Run a recipe in a folder, from its last checkpoint if there is one.
 
     Example:
@@ -258,7 +258,7 @@ def train(
         optimizer = _optimizer(recipe, model)
         torch.manual_seed(seed)
         rng = np.random.default_rng(seed)
-        state: dict[str, object] = {
+        state: dict[str, Any] = {
             "step": 0,
             "seconds": 0.0,
             "recent": [],
@@ -339,7 +339,7 @@ def train(
     return result
 
 
-def export(recipe: Recipe, model: torch.nn.Module, folder: Path, result: dict[str, object]) -> Path:
+def export(recipe: Recipe, model: Any, folder: Path, result: dict[str, Any]) -> Path:
     """Write the finished model, its tokenizer and its measured card, all of the folder or nothing.
 
     Example:
@@ -395,7 +395,7 @@ def export(recipe: Recipe, model: torch.nn.Module, folder: Path, result: dict[st
     return folder
 
 
-def card_text(card: dict[str, object]) -> str:
+def card_text(card: dict[str, Any]) -> str:
     """A card as Markdown: what the model is, how it was trained, what was measured.
 
     Example:

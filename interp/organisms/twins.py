@@ -57,7 +57,7 @@ def random_twin(
     text.use_cache = False
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(seed))
-        made = type(hf)(config).eval()
+        made: Any = type(hf)(config).eval()
     made.to(next(hf.parameters()).device, next(hf.parameters()).dtype)
     if not positions:
         without_positions(made)
