@@ -4,9 +4,9 @@ Two sizes, as cells cost a different thing in each: eight prompts of 128 tokens 
 one of 16 (calls). The floor is a replay of a Llama in plain PyTorch, batched as is best for it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -48,10 +48,9 @@ def undertow(model: Any, ids: Tensor) -> Callable[[], Any]:
     return lambda: Sweep(model, prompts, every_head(), metric).run()["value"].values
 
 
-def hooked(hf: Any, ids: Tensor) -> Callable[[], Tensor]:
-    """A whole pass per head, its part of the projection's input set to zero."""
-    layers, heads = hf.config.num_hidden_layers, hf.config.num_attention_heads
-    width = hf.config.hidden_size // heads
+def hooked(hf: Any, ids: Tensor) -> Callable[[int, int], Tensor]:
+    """A whole pass for a head, its part of the projection's input set to zero."""
+    width = hf.config.hidden_size // hf.config.num_attention_heads
 
     def one(layer: int, head: int) -> Tensor:
         def zero(module: Any, args: tuple) -> tuple:
@@ -64,6 +63,14 @@ def hooked(hf: Any, ids: Tensor) -> Callable[[], Tensor]:
             return difference(hf(ids, use_cache=False, logits_to_keep=1).logits[:, -1])
         finally:
             handle.remove()
+
+    return one
+
+
+def every(hf: Any, ids: Tensor) -> Callable[[], Tensor]:
+    """All heads, one after the other."""
+    layers, heads = hf.config.num_hidden_layers, hf.config.num_attention_heads
+    one = hooked(hf, ids)
 
     def run() -> Tensor:
         with torch.inference_mode():
@@ -192,17 +199,24 @@ def pyvened(hf: Any, ids: Tensor) -> Callable[[], Tensor]:
     return run
 
 
-def flops(hf: Any, prompts: int, length: int) -> float:
-    """Operations of the floor's matrix products: what differs and can reach the last row."""
+def flops(
+    hf: Any, prompts: int, length: int, chosen: Optional[Sequence[tuple[int, int]]] = None
+) -> float:
+    """Operations of the floor's matrix products: what differs and can reach the last row.
+
+    Of all cells, or of the chosen ones (layer, head).
+    """
     c = hf.config
     d, inner, kv = c.hidden_size, c.intermediate_size, c.hidden_size * c.num_key_value_heads
     kv = 2 * d * kv // c.num_attention_heads
     after, whole = d * d + 3 * d * inner, 2 * d * d + kv + 3 * d * inner
     layers, heads = c.num_hidden_layers, c.num_attention_heads
+    where = [a for a in range(layers) for _ in range(heads)] if chosen is None else [
+        a for a, _ in chosen]
     cells = sum(after * (length if a < layers - 1 else 1)
                 + whole * length * max(0, layers - 2 - a)
-                + (kv * length + whole if a < layers - 1 else 0) for a in range(layers))
-    return 2.0 * prompts * (heads * cells + whole * length * layers)
+                + (kv * length + whole if a < layers - 1 else 0) for a in where)
+    return 2.0 * prompts * (cells + whole * length * layers)
 
 
 def race(quick: bool, device: str = "cpu") -> list[Race]:
@@ -217,7 +231,7 @@ def race(quick: bool, device: str = "cpu") -> list[Race]:
             Contender(ONE, lambda ids=ids: difference(_plain.head_sweep(hf, ids, 1))),
             Contender(OURS, make=lambda ids=ids: undertow(model, ids)),
             *(Contender(peer, make=lambda make=make, ids=ids: make(hf, ids)) for peer, make in (
-                (HOOKS, hooked), (LENS, lens), (TRACE, traced), (INVOKES, invoked),
+                (HOOKS, every), (LENS, lens), (TRACE, traced), (INVOKES, invoked),
                 (PYVENE, pyvened))),
         ]
         found.append(measure(
