@@ -187,6 +187,27 @@ def test_edits_of_whole_rows_and_metrics_of_all_rows_run_whole_passes(opened):
     assert np.allclose(found[0, 0], TextLoss()(model, prompts, interp.ablate("L1H3")), atol=1e-5)
 
 
+class Entropy:
+    """A metric as a user writes it: the members of the protocol, no more."""
+
+    name, unit, dim, shared = "entropy", "nats", "prompt", "entropy"
+
+    def passes(self, model, prompts, write):
+        return model.run(prompts, write=write).logits
+
+    def values(self, outcome):
+        return np.array([float(torch.distributions.Categorical(logits=x[-1]).entropy())
+                         for x in outcome])
+
+
+def test_a_metric_of_the_users_own_needs_only_what_the_protocol_names(opened):
+    model, prompts = opened("llama")
+    found = Sweep(model, prompts, every_head(layers=[1]), Entropy()).run()["value"]
+    logits = model.run(prompts, write=interp.ablate("L1H2")).logits
+    expected = [float(-(x[-1].softmax(-1) * x[-1].log_softmax(-1)).sum()) for x in logits]
+    assert np.allclose(found.sel(layer=1, head=2), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
                                    RuntimeError("DefaultCPUAllocator: not enough memory")])
 def test_batches_are_halved_where_memory_runs_out(opened, hooks, monkeypatch, error):
