@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup figures report test quick bench check docs format clean
+.PHONY: help setup figures report test quick bench check types docs format clean
 
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -47,6 +47,9 @@ check: $(STAMP)  ## lint, layers, spelling
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+
+types: $(STAMP)  ## the types of interp and probes (pyright; fetches node once)
+	$(BIN)/pyright
 
 docs: $(STAMP)  ## the documentation, in site/; with figures, the gallery too
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir $(SITE)
