@@ -106,11 +106,11 @@ def subfolder(folder: Union[str, Path], model: Model, prompts: Sequence[Prompt])
     return Path(folder) / key_of(about, FORMAT, _version())
 
 
-class Cells:
+class CellStore:
     """Finished cells by content: in a folder, or in memory without one.
 
     Example:
-        >>> cells = Cells(None, {})
+        >>> cells = CellStore(None, {})
         >>> names = ["a", "b", "a"]
         >>> def compute(numbers):
         ...     for i in numbers:

@@ -57,7 +57,7 @@ class Executor(Protocol):
 class Together:
     """Work of a sweep that divides itself: every worker runs all of it, each cell is computed once.
 
-    It is for sweeps that claim cells in their folder (`Cells.fill`), and so skip what others have
+    It is for sweeps that claim cells in their folder (`CellStore.fill`), and so skip what others have
     claimed and end when all is there. Parts stand for workers, and are finished when one of them
     has come to the end.
 

@@ -21,8 +21,7 @@ from tqdm.auto import tqdm
 
 from interp.causal import memory
 from interp.causal.cell_makers import Cell, Cells, _Tokens
-from interp.causal.cells import Cells as Kept
-from interp.causal.cells import describe, subject
+from interp.causal.cells import CellStore, describe, subject
 from interp.causal.executors import Executor, Together
 from interp.causal.metrics import Metric, key_of, why_not_last_row
 from interp.causal.passes import Passes
@@ -127,7 +126,7 @@ class Sweep:
         found: dict[tuple[int, ...], dict[int, Any]] = {}
         self.spent = 0.0
         if self.executor is not None and self.folder is not None:
-            Kept(self.folder, subject(self.model, self.prompts))  # refused before workers start
+            CellStore(self.folder, subject(self.model, self.prompts))  # refused before workers start
             self.executor.run(self.model, Together(self.folder, partial(
                 _run, self.prompts, self.cells, self.metric, self.folder.absolute(),
                 self.batch_size)))
@@ -165,7 +164,7 @@ class Sweep:
             yield from self._by_whole_metric()
             return
         passes = Passes(self.model, self.prompts, self.metric, self.batch_size)
-        kept = None if self.folder is None else Kept(self.folder, subject(self.model, self.prompts))
+        kept = None if self.folder is None else CellStore(self.folder, subject(self.model, self.prompts))
         numbers = range(len(self.prompts))
         for number in tqdm(numbers, disable=not self.progress, desc=f"sweeping {self.model.name}"):
             cells: list[Cell] = [((), tuple), *self._cells_of(number)]
@@ -227,7 +226,7 @@ class Sweep:
         return [found[labels] for labels, _ in cells]
 
     def _through(
-        self, kept: Kept, passes: Passes, number: int, cells: Sequence[Cell]
+        self, kept: CellStore, passes: Passes, number: int, cells: Sequence[Cell]
     ) -> list[Any]:
         """The cells of a prompt that the folder does not hold yet; each pass is kept at once."""
         more = key_of(self.cells.about()) if isinstance(self.cells, _Tokens) else ""
@@ -254,7 +253,7 @@ class Sweep:
         if isinstance(self.cells, _Tokens) and self.cells.how != "drop_keep_ids":
             raise PromptError(f"metric {self.metric.name!r} needs whole passes ({self.reads_more}), "
                               "and these know removal 'drop_keep_ids' only.")
-        kept = Kept(self.folder, {} if self.folder is None else subject(self.model, self.prompts))
+        kept = CellStore(self.folder, {} if self.folder is None else subject(self.model, self.prompts))
         for labels, makers in tqdm(by_label.items(), disable=not self.progress,
                                    desc=f"sweeping {self.model.name}"):
             write = each([makers.get(n, tuple)() for n in range(len(self.prompts))])

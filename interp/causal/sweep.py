@@ -16,7 +16,7 @@ import torch
 import xarray as xr
 from jaxtyping import Float
 
-from interp.causal.cells import Cells, describe, fingerprint, subject
+from interp.causal.cells import CellStore, describe, fingerprint, subject
 from interp.causal.controls import most_excludable, random_heads
 from interp.causal.executors import Executor
 from interp.causal.memory import is_shortage
@@ -96,7 +96,7 @@ class _Evaluation:
         self._open(model)
 
     def _open(self, model: Model) -> None:
-        self.cells = Cells(
+        self.cells = CellStore(
             self.folder, {} if self.folder is None else subject(model, self.prompts))
 
     def __getstate__(self) -> dict[str, Any]:

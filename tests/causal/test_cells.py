@@ -11,7 +11,7 @@ import pytest
 
 from interp.causal import cells as of_cells
 from interp.causal import locks
-from interp.causal.cells import HEADER, Cells
+from interp.causal.cells import HEADER, CellStore
 from interp.causal.locks import Claims
 from interp.core import FolderRefused
 
@@ -26,7 +26,7 @@ def value(name):
 
 def fill(folder, names, log, pause=0.0, size=1):
     """Compute cells, writing down each that was computed."""
-    cells = Cells(folder, ABOUT)
+    cells = CellStore(folder, ABOUT)
 
     def compute(numbers):
         for i in numbers:
@@ -88,7 +88,7 @@ def test_a_killed_process_loses_no_cell_and_its_claims_are_taken_over_at_once(tm
 
 def test_a_living_process_is_waited_for_and_one_without_sign_of_life_is_not(tmp_path, monkeypatch):
     names, log = ["1", "2"], tmp_path / "log"
-    cells = Cells(tmp_path / "a", ABOUT)
+    cells = CellStore(tmp_path / "a", ABOUT)
     with Claims(tmp_path / "a") as held:
         assert held.take(of_cells.key_of("1"))
         waiting = FORK.Process(target=fill, args=(tmp_path / "a", names, log))
@@ -114,7 +114,7 @@ def test_a_living_process_is_waited_for_and_one_without_sign_of_life_is_not(tmp_
 
 
 def test_claims_are_given_back_when_computing_fails(tmp_path):
-    cells = Cells(tmp_path, ABOUT)
+    cells = CellStore(tmp_path, ABOUT)
 
     def compute(numbers):
         raise KeyboardInterrupt
@@ -153,9 +153,9 @@ def test_any_shape_and_number_comes_back_as_it_was(tmp_path):
     given = {"a": np.array(-0.1), "b": np.array([np.nan, np.inf, -np.inf, 1e-300]),
              "c": np.random.default_rng(0).random((2, 3, 4)), "d": np.zeros((0, 5))}
     for name, values in given.items():
-        Cells(tmp_path, ABOUT).put(name, values)
+        CellStore(tmp_path, ABOUT).put(name, values)
     for name, values in given.items():
-        found = Cells(tmp_path, ABOUT).get(name)
+        found = CellStore(tmp_path, ABOUT).get(name)
         assert found.shape == values.shape and np.array_equal(found, values, equal_nan=True)
 
 
@@ -167,47 +167,47 @@ def test_any_shape_and_number_comes_back_as_it_was(tmp_path):
     ({"lane": "bridge"}, "of lane 'hf', this is 'bridge'"),
 ])
 def test_a_folder_of_something_else_is_refused_and_stays_as_it_is(tmp_path, changes, words):
-    Cells(tmp_path, ABOUT).put("1", value("1"))
+    CellStore(tmp_path, ABOUT).put("1", value("1"))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(FolderRefused) as caught:
-        Cells(tmp_path, {**ABOUT, **changes})
+        CellStore(tmp_path, {**ABOUT, **changes})
     assert words in str(caught.value) and str(caught.value).endswith(
         ": choose another folder, or delete this one.") and "\n" not in str(caught.value)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
     # The same weights under another name are the same model.
-    assert Cells(tmp_path, {**ABOUT, "model": "alias"}).get("1") is not None
+    assert CellStore(tmp_path, {**ABOUT, "model": "alias"}).get("1") is not None
 
 
 def test_a_folder_of_another_version_is_refused(tmp_path, monkeypatch):
-    Cells(tmp_path, ABOUT)
+    CellStore(tmp_path, ABOUT)
     monkeypatch.setattr(of_cells, "_version", lambda: "9.9.9")
     with pytest.raises(FolderRefused, match=r"of undertow \d.*this is 9.9.9.*may differ"):
-        Cells(tmp_path, ABOUT)
+        CellStore(tmp_path, ABOUT)
 
 
 def test_headers_torn_foreign_or_impossible(tmp_path):
-    cells = Cells(tmp_path / "a", ABOUT)
+    cells = CellStore(tmp_path / "a", ABOUT)
     cells.put("1", value("1"))
     header = tmp_path / "a" / HEADER
     text = header.read_bytes()
     header.write_bytes(text[:20])
-    assert Cells(tmp_path / "a", ABOUT).get("1") is not None and header.read_bytes() == text
+    assert CellStore(tmp_path / "a", ABOUT).get("1") is not None and header.read_bytes() == text
     # A torn header hides what the cells are of, but they say so themselves.
     header.write_bytes(text[:20])
-    assert Cells(tmp_path / "a", {**ABOUT, "weights": "v"}).get("1") is None
+    assert CellStore(tmp_path / "a", {**ABOUT, "weights": "v"}).get("1") is None
     header.write_text('{"learning_rate": 0.1}')
     with pytest.raises(FolderRefused, match="not that of a sweep"):
-        Cells(tmp_path / "a", ABOUT)
+        CellStore(tmp_path / "a", ABOUT)
     (tmp_path / "file").write_text("")
     with pytest.raises(FolderRefused, match="cannot hold a sweep"):
-        Cells(tmp_path / "file", ABOUT)
+        CellStore(tmp_path / "file", ABOUT)
 
 
 def test_of_two_first_processes_with_other_models_one_is_refused(tmp_path):
     def start(weights, at):
         time.sleep(max(0.0, at - time.time()))
         try:
-            Cells(tmp_path / "a", {**ABOUT, "weights": weights})
+            CellStore(tmp_path / "a", {**ABOUT, "weights": weights})
         except FolderRefused:
             os._exit(3)
 
