@@ -159,9 +159,10 @@ class Part:
         bounds = self.sweep.bounds
         self.safe = lse is None and bounds is not None and bool(
             (bounds[sequences, kv_heads, block.number] <= SAFE_LOGIT).all())
-        self.kept: list[tuple[Tensor, Optional[Tensor]]] = []
+        self.kept: list[tuple[Tensor, Optional[Tensor], Tensor]] = []
         self.shift = None if self.safe else self.query.new_full(self.inside, -1e30)
         self.total = self.query.new_zeros(self.inside)
+        self.part = torch.empty_like(self.total)
         self.spread = torch.zeros_like(self.total) if self.sweep.entropy else None
         self.gathered: Optional[Tensor] = None
         if want_output and self.value is not None:
@@ -205,7 +206,8 @@ class Part:
             place = number + 1 if self.plan.keep else 1
             weights = self._weights(place, span, find=True)
             if self.plan.keep:
-                self.kept.append((weights, None if self.shift is None else self.shift.clone()))
+                shift = None if self.shift is None else self.shift.clone()
+                self.kept.append((weights, shift, self.part.clone()))
         log = self.total.log()
         self.lse = (log if self.shift is None else log + self.shift).view(self.outside)
         if self.spread is not None:
@@ -268,7 +270,7 @@ class Part:
         if hidden is not None:
             weights[..., span.partial].masked_fill_(hidden, 0.0)
         if find:
-            self.total[some] += weights.sum(-1)
+            self.total[some] += torch.sum(weights, -1, out=self.part[some])
         if spread is not None:
             spread[some] += logits.mul_(weights).sum(-1)
         if value is not None and self.gathered is not None:
@@ -304,9 +306,9 @@ class Part:
         """Tiles from the first visible key to the last."""
         block, row_sum = self.block, (self.total * self.factor).view(self.outside)
         for number, span in enumerate(block.spans):
-            scale = self.factor
+            scale, mass = self.factor, None
             if self.kept:
-                weights, shift = self.kept[number]
+                weights, shift, mass = self.kept[number]
                 if shift is not None and self.shift is not None:
                     scale = scale * (shift - self.shift).exp_()
             else:
@@ -320,6 +322,7 @@ class Part:
                 _of(span.visible, self.sequences, self.heads), value, layer, row_sum,
                 self.row_entropy, number == 0, self.sequences, self.heads, span.partial,
                 block.index, span.columns, scale.view(self.outside),
+                None if mass is None else (mass * scale).view(self.outside),
             )
             tile.announced, tile.alike = True, span.alike
             yield tile

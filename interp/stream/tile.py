@@ -37,6 +37,7 @@ class Tile:
         partial: columns of the tile outside of which everything is visible.
         rows, columns: the positions once more, as slices or lists.
         scale: of each row; reducers that only add up weights save a pass over them with it.
+        known_mass: `mass`, where it has been summed up already.
     """
 
     weights: Float[Tensor, "batch head query key"]
@@ -54,6 +55,7 @@ class Tile:
     rows: Any = None
     columns: Any = None
     scale: Optional[Float[Tensor, "batch head query"]] = None
+    known_mass: Optional[Float[Tensor, "batch head query"]] = None
 
     def __post_init__(self) -> None:
         if self.rows is None:
@@ -65,7 +67,6 @@ class Tile:
         contiguous = isinstance(self.rows, slice)
         self.first_query: int = self.rows.start if contiguous else min(self.rows)
         self.last_query: int = self.rows.stop - 1 if contiguous else max(self.rows)
-        self._mass: Optional[Tensor] = None
         self.width: int = self.weights.shape[-1]
         self.announced = False
         # Whether all sequences, and all heads, see the same.
@@ -83,9 +84,9 @@ class Tile:
     @property
     def mass(self) -> Float[Tensor, "batch head query"]:
         """How much of each row lies in this tile."""
-        if self._mass is None:
-            self._mass = self.scaled(self.weights.sum(-1))
-        return self._mass
+        if self.known_mass is None:
+            self.known_mass = self.scaled(self.weights.sum(-1))
+        return self.known_mass
 
     def scaled(self, sums: Float[Tensor, "batch head query *more"]) -> Tensor:
         """Sums of probabilities from sums of weights over keys."""
