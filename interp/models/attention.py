@@ -13,12 +13,12 @@ from typing import Any, Optional
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from interp.core.errors import SiteRefused
+from interp.models.attention_mask import DenseMask, LazyMask, make_mask
 from interp.models.edits import Edits, Pass
-from interp.stream.masks import Mask, bidirectional, causal, sliding_window
+from interp.stream.masks import Mask
 from interp.stream.tiles import Tile, stream
 
 NAME = "undertow"
@@ -35,115 +35,6 @@ HANDLED = {
 _SESSIONS: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, int]]" = (
     weakref.WeakKeyDictionary()
 )
-
-
-class LazyMask:
-    """Which keys a query may see, computed for the queries and keys asked for."""
-
-    def __init__(
-        self,
-        rule: Optional[Callable[..., Any]],
-        q_length: int,
-        kv_length: int,
-        q_offset: int,
-        kv_offset: int,
-        padding: Optional[Bool[Tensor, "batch key"]],
-        by_element: bool,
-        plain: Optional[str],
-        window: Optional[int] = None,
-    ) -> None:
-        self.rule, self.padding, self.by_element = rule, padding, by_element
-        self.q_length, self.kv_length = q_length, kv_length
-        self.q_offset, self.kv_offset = int(q_offset), int(kv_offset)
-        self.plain = plain if padding is None else None
-        self.window = window
-
-    def named(self) -> Optional[Mask]:
-        """The same rule with its known structure, where it is one of the usual ones."""
-        if self.plain == "full":
-            return bidirectional()
-        if self.plain == "causal":
-            return causal()
-        if self.plain == "window" and self.window is not None:
-            return sliding_window(self.window)
-        return None
-
-    def __call__(
-        self, row: int, queries: Int[Tensor, "query"], keys: Int[Tensor, "key"]
-    ) -> Bool[Tensor, "1 query key"]:
-        """Visibility at absolute positions in row `row` of the batch."""
-        named = self.named()
-        if named is not None:
-            return named(queries, keys)[None]
-        batch, head = queries.new_tensor([row]), queries.new_tensor([0])
-        rule = self.rule
-        assert rule is not None  # only masks with a name, or made by the model, have none
-        if self.by_element:
-            for dims in ((None,) * 3 + (0,), (None, None, 0, None),
-                         (None, 0, None, None), (0, None, None, None)):
-                rule = torch.vmap(rule, in_dims=dims, out_dims=0)
-            with TransformGetItemToIndex():
-                seen = rule(batch, head, queries, keys)
-        else:
-            seen = rule(
-                batch[:, None, None, None], head[None, :, None, None],
-                queries[None, None, :, None], keys[None, None, None, :],
-            )
-        seen = seen.expand(1, 1, len(queries), len(keys))[0]
-        if self.padding is not None:
-            seen = seen & self.padding[row, keys - self.kv_offset][None, None]
-        return seen
-
-
-def _slides(rule: Callable[..., Any], size: int) -> bool:
-    """Whether the mask is a sliding window: past the first `size` keys, the one before is seen."""
-    zero, query, key = (torch.tensor(number) for number in (0, size, size - 1))
-    return bool(rule(zero, zero, query, key))
-
-
-def _make_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: Any = 0,
-    kv_offset: Any = 0,
-    mask_function: Any = None,
-    attention_mask: Optional[Tensor] = None,
-    local_size: Optional[int] = None,
-    allow_is_causal_skip: bool = False,
-    allow_is_bidirectional_skip: bool = False,
-    use_vmap: bool = False,
-    **_: Any,
-) -> LazyMask:
-    padding = None
-    if attention_mask is not None and not bool(attention_mask.all()):
-        padding = attention_mask[:, -kv_length:].bool()
-    plain = None
-    if local_size is None and allow_is_bidirectional_skip:
-        plain = "full"
-    elif allow_is_causal_skip:
-        plain = "causal" if local_size is None else "window"
-        if local_size is not None and not _slides(mask_function, int(local_size)):
-            plain = None  # chunks, as in Llama 4: their size comes under the same name
-    return LazyMask(mask_function, q_length, kv_length, q_offset, kv_offset, padding,
-                    use_vmap, plain, local_size)
-
-
-class _TensorMask(LazyMask):
-    """A dense mask that a model made itself, boolean or additive."""
-
-    def __init__(self, dense: Tensor, start: int) -> None:
-        super().__init__(None, dense.shape[-2], dense.shape[-1], start, 0, None, False, None)
-        self.dense = dense if dense.dtype == torch.bool else dense >= 0
-        if dense.dtype != torch.bool and bool(((dense < 0) & (dense > -1e4)).any()):
-            raise SiteRefused(
-                "this model adds a bias to its attention logits through the mask (as ALiBi does); "
-                "lane 'hf' cannot see into that, use lane 'bridge'."
-            )
-
-    def __call__(self, row: int, queries: Tensor, keys: Tensor) -> Tensor:
-        dense = self.dense[row % self.dense.shape[0]]
-        return dense[:, queries - self.q_offset][:, :, keys]
 
 
 class Session:
@@ -186,7 +77,7 @@ def _attend(
         plain = "full" if kwargs.get("is_causal") is False else plain
         attention_mask = LazyMask(None, query.shape[2], key.shape[2], start, 0, None, False, plain)
     elif isinstance(attention_mask, Tensor):
-        attention_mask = _TensorMask(attention_mask, start)
+        attention_mask = DenseMask(attention_mask, start)
     given = dict(scaling=scaling, softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
     if session is None:
         parts = [
@@ -424,7 +315,7 @@ def _weighted(p: Tensor, v: Tensor) -> Float[Tensor, "1 head query d_value"]:
 def register() -> None:
     """Register both functions, once for the process; they act only inside a session."""
     AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, _make_mask)
+    AttentionMaskInterface.register(NAME, make_mask)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from interp.core.errors import ModelRefused, SiteRefused
 from interp.models import attention as attend
-from interp.models.attention import LazyMask
+from interp.models.attention_mask import DenseMask, LazyMask
 from interp.models.edits import Pass
 from interp.models.nnsight_shipped import arguments
 from interp.models.sites import Block, first_tensor, hidden_input, solve
@@ -122,8 +122,8 @@ def spelled(root: Any, path: str) -> str:
     return ".".join(names)
 
 
-class _DenseMask(attend._TensorMask):
-    """A dense mask whose first column is the key at `first_key`."""
+class _OffsetMask(DenseMask):
+    """A dense mask of which the first column may be a later key than 0."""
 
     def __init__(self, dense: Tensor, now: Pass, n_keys: int) -> None:
         super().__init__(dense[..., :n_keys], now.start)
@@ -137,7 +137,7 @@ def mask_of(module: nn.Module, found: Given, now: Pass) -> LazyMask:
     """The mask that the model made itself, at absolute positions."""
     n_queries, n_keys = found.query.shape[2], found.key.shape[2]
     if found.mask is not None:
-        return _DenseMask(found.mask, now, n_keys)
+        return _OffsetMask(found.mask, now, n_keys)
     causal = found.more.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     window = found.more.get("sliding_window")
