@@ -48,13 +48,19 @@ def _decisions(config: MkDocsConfig) -> str:
 
 
 def _results() -> list[tuple[Path, dict[str, Any]]]:
+    """Folders of finished runs and their manifests; what is hidden or kept for later is none."""
     found = []
     for manifest in sorted(FIGURES.glob("**/manifest.json")):
+        inside = manifest.parent.relative_to(FIGURES).parts
+        if any(part == "cache" or part.startswith(".") for part in inside):
+            continue
         try:
-            found.append((manifest.parent, json.loads(manifest.read_text())))
+            content = json.loads(manifest.read_text(encoding="utf-8"))
         except ValueError:
             continue
-    return [(folder, content) for folder, content in found if "paper" in content]
+        if isinstance(content, dict) and {"paper", "figures", "models"} <= set(content):
+            found.append((manifest.parent, content))
+    return found
 
 
 def _gallery(files: Files, config: MkDocsConfig) -> str:
@@ -63,12 +69,19 @@ def _gallery(files: Files, config: MkDocsConfig) -> str:
         return EMPTY
     lines = ["# Gallery", "", "Every figure of `make figures`, with the models it was drawn from.", ""]
     for folder, content in results:
-        paper = content["paper"]
+        paper, models = content["paper"], [m.get("name", "?") for m in content["models"]]
         papers = ", ".join(f"arXiv:{number}" for number in paper["arxiv"])
-        lines += [f"## {paper['name']}", "", f"{paper['question']} *{paper['title']}* ({papers})", ""]
-        for picture in sorted(folder.glob("**/*.png")):
+        tiny = content.get("settings", {}).get("tiny")
+        lines += [f"## {folder.relative_to(FIGURES).as_posix()}", "",
+                  f"{paper['question']} *{paper['title']}* ({papers})", "",
+                  f"Models: {', '.join(dict.fromkeys(models)) or 'none'}."
+                  + " A tiny run: do not quote its numbers." * bool(tiny), ""]
+        for drawn in content["figures"]:
+            picture = next((folder / name for name in drawn["files"] if name.endswith(".png")), None)
+            if picture is None or not picture.is_file():
+                lines += [f"*{drawn['name']}: not drawn; {drawn['reason'] or 'no reason was kept'}*", ""]
+                continue
             target = f"gallery/{picture.relative_to(FIGURES).as_posix()}"
             files.append(File.generated(config, target, content=picture.read_bytes()))
-            caption = paper["figures"].get(picture.stem.split(".")[0], picture.stem)
-            lines += [f"![{picture.stem}]({target})", "", f"*{caption}*", ""]
+            lines += [f"![{picture.stem}]({target})", "", f"*{drawn['caption']}*", ""]
     return "\n".join(lines) + "\n"

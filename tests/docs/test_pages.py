@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
+
+from experiments._output import Output
+from experiments._paper import Paper, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -71,3 +75,25 @@ def test_the_site_builds_offline_without_a_warning(tmp_path):
     # Nothing is fetched from elsewhere: no script, style, font or picture with an address.
     assert not re.findall(r'(?:src|href)="(?:https?:)?//[^"]+\.(?:js|css|woff2?|png|svg)', start)
     assert "find_sink_dims" in (tmp_path / "methods" / "visual-sinks.html").read_text()
+
+
+def test_the_gallery_of_a_single_result_builds(tmp_path):
+    """What a run leaves is shown with its own captions; what is half-written is not."""
+    paper = Paper("first_light", "Sinks at first light", ("2410.10781",), "Where is the sink?",
+                  figures={"heads": "Of the paper.", "levels": "Not drawn here."})
+    with Output(paper, Settings(out=tmp_path / "figures", figure=["heads", "levels"])) as out:
+        out.figure("heads", Figure((1, 1)), "A caption of the run.", of="all-minilm-l6-v2")
+        out.no_figure("levels", "the model has no levels.")
+    for name in (".first_light.partial", "cache", "broken"):
+        (tmp_path / "figures" / name).mkdir()
+        (tmp_path / "figures" / name / "manifest.json").write_text('{"paper": {}}')
+    made = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir",
+         str(tmp_path / "site")], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "FIGURES": str(tmp_path / "figures")})
+    assert made.returncode == 0, made.stdout + made.stderr
+    page = (tmp_path / "site" / "gallery.html").read_text()
+    assert "A caption of the run." in page and "Where is the sink?" in page
+    assert "levels: not drawn; the model has no levels." in page and "broken" not in page
+    shown = tmp_path / "site" / "gallery" / "first_light" / "heads.all-minilm-l6-v2.png"
+    assert shown.read_bytes() == (out.folder / "heads.all-minilm-l6-v2.png").read_bytes()
