@@ -14,16 +14,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments._outcome import Outcome, find, slug
+from experiments._outcome import Outcome, find
 from experiments._output import execute, finished, tidy
 from experiments._paper import Experiment, Settings, SettingsError, check_names, load, names
+from experiments._place import DEFAULT, alike, place
 from experiments._side_by_side import Child
-from interp.core import UndertowError
+from interp.core import Claim, UndertowError
 from interp.core.result import write_atomically
 from interp.figures import report as html
+from interp.organisms import registry
 
-DEFAULT = Path("figures")
 PAGE = "report.html"
+CLAIMS_PAGE = "claims.md"
+TOGETHER = 3
+"""Claims that cannot be tested for one reason, from this many on, are one row of the table."""
 LOOKS = {"supported": "bold green", "refuted": "bold red", "inconclusive": "bold yellow",
          "not testable": "dim"}
 
@@ -59,7 +63,7 @@ def list_() -> None:
     table = Table(show_lines=True)
     for column in ("name", "paper", "question", "figures", "models"):
         table.add_column(column, overflow="fold")
-    failed = False
+    failed, made = False, False
     for name in names():
         try:
             paper = load(name).paper
@@ -68,10 +72,21 @@ def list_() -> None:
             failed = True
             continue
         title = "\n".join([paper.title, *paper.sources])
-        cells = (name, title, paper.question, "\n".join(paper.figures), "\n".join(paper.models))
+        models = [model if _is_kept(model) else f"{model} *" for model in paper.models]
+        made = made or any(model.endswith(" *") for model in models)
+        cells = (name, title, paper.question, "\n".join(paper.figures), "\n".join(models))
         table.add_row(*map(Text, cells))
     _console().print(table)
+    if made:
+        typer.echo("* made on the spot by the experiment: open_model and the doctor do not know it")
     raise typer.Exit(1 if failed else 0)
+
+
+def _is_kept(model: str) -> bool:
+    """Whether `interp.open_model` knows the name: bundled, from an installed package, or the hub's."""
+    from interp.models.open import PACKAGED  # slow to import, and only `list` asks for it
+
+    return model in registry.names() or model in PACKAGED or "/" in model
 
 
 @app.command()
@@ -80,8 +95,9 @@ def run(
     model: Annotated[Optional[list[str]], typer.Option(
         help="A bundled model, a folder or a hub id; may be repeated.")] = None,
     out: Annotated[Optional[Path], typer.Option(
-        help="Results go to OUT/PAPER. By default to figures/PAPER, or to a subfolder of figures "
-        "for a run with --model, --tiny or --figure.", show_default=False)] = None,
+        help="Results go to OUT/PAPER, in place of what is there. By default to figures/PAPER, or "
+        "to a subfolder of figures for a run with --model, --tiny or --figure; two models of one "
+        "name get two.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn at random.")] = 0,
     tiny: Annotated[bool, typer.Option("--tiny", help="Seconds instead of minutes.")] = False,
     train: Annotated[bool, typer.Option("--train", help="Train from scratch where the paper "
@@ -92,20 +108,26 @@ def run(
     dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16.")] = None,
     jobs: Annotated[int, typer.Option(
         min=1, help="Experiments that run at a time, each in a process of its own.")] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after an interruption: leave out "
-                                         "what OUT holds, whole, of the same settings and "
-                                         "code.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after an interruption: do not "
+                                         "run again what is finished in OUT, if the settings and "
+                                         "the code are still the same.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Run experiments: draw the figures, save the data, and compute the verdict of every claim."""
     matplotlib.use("Agg")
     try:
-        settings = Settings.of(model=model, out=out or _place(model, tiny, figure), seed=seed,
-                               tiny=tiny, train=train, figure=figure, device=device, dtype=dtype)
+        refusal = alike(model or ())
+        if refusal:
+            raise SettingsError(refusal)
+        where, notice = (out, "") if out else place(model or (), tiny, figure or ())
+        settings = Settings.of(model=model, out=where, seed=seed, tiny=tiny, train=train,
+                               figure=figure, device=device, dtype=dtype)
         chosen = _choose(check_names(papers), settings, debug)
     except SettingsError as error:
         _fail(error, debug)
         raise typer.Exit(2) from None
+    if notice:
+        typer.echo(notice, err=True)
     failed = [name for name, experiment in chosen.items() if experiment is None]
     order = list(chosen)
     done: list[Outcome] = []
@@ -187,14 +209,6 @@ def _start(words: Sequence[str], threads: str) -> Child:
     return Child(words, threads, [f"experiments.{words[1]}"])
 
 
-def _place(model: Optional[list[str]], tiny: bool, figure: Optional[list[str]]) -> Path:
-    """`figures`; a subfolder for a partial run or other models, so that neither replaces it."""
-    parts = ["-".join(slug(name) for name in model)] if model else []
-    parts += ["tiny"] if tiny else []
-    parts += ["only-" + "-".join(slug(name) for name in figure)] if figure else []
-    return DEFAULT.joinpath(*parts)
-
-
 def _choose(
     asked: tuple[str, ...], settings: Settings, debug: bool
 ) -> dict[str, Optional[Experiment]]:
@@ -235,9 +249,14 @@ def _show(done: list[Outcome], out: Path) -> None:
         for column, ratio in (("claim", 5), ("paper", 2), ("measured", 2), ("interval", 2),
                               ("expected", 2), ("verdict", 2)):
             table.add_column(column, ratio=ratio, overflow="fold")
-        for claim in outcome.claims:
-            model = claim.details.get("model")
-            sentence = f"{claim.sentence} [{model}]" if model else claim.sentence
+        for claims_of_a_row in _rows(outcome.claims):
+            claim = claims_of_a_row[0]
+            if len(claims_of_a_row) > 1:
+                table.add_row(Text(f"{len(claims_of_a_row)} claims{_on(claim)}: {claim.reason} "
+                                   f"(each of them stands in {CLAIMS_PAGE})"), *["–"] * 4,
+                              Text(claim.verdict, style=LOOKS[claim.verdict]))
+                continue
+            sentence = claim.sentence + _on(claim)
             if claim.reason:
                 sentence += f" ({claim.reason})"
             table.add_row(
@@ -250,9 +269,36 @@ def _show(done: list[Outcome], out: Path) -> None:
         drawn = sum(bool(figure.files) for figure in outcome.figures)
         typer.echo(f"{outcome.key}: {drawn} figures in {outcome.folder}"
                    f" ({outcome.manifest['wall_seconds']:.0f} s)")
+        for reason, stems in _not_drawn(outcome).items():
+            typer.echo(f"  not drawn: {', '.join(stems)}: {reason}")
     words = ", ".join(f"{count} {word}" for word, count in html.counts(claims).items())
     typer.echo(f"{len(claims)} claims: {words}.")
     typer.echo(f"As one page: python -m experiments report --out {out}")
+
+
+def _on(claim: Claim) -> str:
+    model = claim.details.get("model")
+    return f" [{model}]" if model else ""
+
+
+def _rows(claims: Sequence[Claim]) -> list[list[Claim]]:
+    """Claims row by row, in order: three or more of one model with one reason share a row."""
+    rows: dict[object, list[Claim]] = {}
+    for number, claim in enumerate(claims):
+        key = (claim.reason, claim.details.get("model")) if claim.reason else number
+        rows.setdefault(key, []).append(claim)
+    return [part for row in rows.values()
+            for part in ([row] if len(row) >= TOGETHER else [[one] for one in row])]
+
+
+def _not_drawn(outcome: Outcome) -> dict[str, list[str]]:
+    """Figures without files, by the reason."""
+    found: dict[str, list[str]] = {}
+    for figure in outcome.figures:
+        if not figure.files:
+            name = f"{figure.name} of {figure.of}" if figure.of else figure.name
+            found.setdefault(figure.reason.rstrip("."), []).append(name)
+    return found
 
 
 @app.command()
@@ -280,12 +326,10 @@ def report(
     if not sections and not problems:
         typer.echo(f"there are no results in {out}; {hint}", err=True)
         raise typer.Exit(1)
-    for name in names():
-        if name not in seen:
-            problems.append(html.Problem(
-                name, f"no result yet; run 'python -m experiments run {name}'."))
-    write_atomically(out / PAGE, html.page(sections, problems))
-    typer.echo(f"{out / PAGE}: results: {len(sections)}, missing or broken: {len(problems)}.")
+    absent = [name for name in names() if name not in seen]
+    write_atomically(out / PAGE, html.page(sections, problems, absent=absent))
+    typer.echo(f"{out / PAGE}: results: {len(sections)}, broken: {len(problems)}, not run yet: "
+               f"{len(absent)}.")
     for problem in problems:
         typer.echo(f"  {problem.name}: {problem.sentence}", err=True)
 

@@ -62,6 +62,7 @@ class Output:
 
     def __enter__(self) -> "Output":
         out = self.settings.out
+        self._made = [path for path in (out, *out.parents) if not path.exists()]
         out.mkdir(parents=True, exist_ok=True)
         tidy(out)
         own = f".{self.paper.key}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
@@ -78,6 +79,9 @@ class Output:
                 self._finish()
         finally:
             shutil.rmtree(self._partial, ignore_errors=True)
+            for path in self._made:  # a run that failed leaves no empty folder
+                with contextlib.suppress(OSError):
+                    path.rmdir()
 
     def record(
         self, model: Any = None, prompts: Iterable[Prompt] = (), name: str = "prompts"

@@ -165,8 +165,11 @@ def page(
     sections: Sequence[Section],
     problems: Sequence[Problem] = (),
     title: str = "Undertow: reproduced figures and claims",
+    absent: Sequence[str] = (),
 ) -> str:
     """The whole page as HTML; every text is escaped, every picture is inside.
+
+    `absent` are experiments that were not run; they are named in one line at the end.
 
     Example:
         >>> section = Section("sinks", "Sinks & <heads>", "Where?", ("2410.10781",))
@@ -185,7 +188,7 @@ def page(
     claims = [claim for section in sections for claim in section.claims]
     return environment.from_string(PAGE).render(
         title=title, sections=sections, problems=problems, total=counts(claims),
-        n_claims=len(claims), looks=VERDICTS, counts=counts,
+        n_claims=len(claims), looks=VERDICTS, counts=counts, absent=absent,
         n_pictures=sum(bool(p.png) for section in sections for p in section.pictures),
     )
 
@@ -248,7 +251,7 @@ Every verdict is computed: the interval of what was measured against what the cl
 {% endfor %}
 </ul>
 {% if problems %}
-<h3 id="problems">Missing or broken ({{ problems | length }})</h3>
+<h3 id="problems">Broken ({{ problems | length }})</h3>
 {% for problem in problems %}
 <p class="problem"><strong>{{ problem.name }}</strong>: {{ problem.sentence }}</p>
 {% endfor %}
@@ -325,6 +328,10 @@ Every verdict is computed: the interval of what was measured against what the cl
 </section>
 {% endfor %}
 </main>
+{% if absent %}
+<footer><p class="quiet" id="absent">Not run yet: {{ absent | join(", ") }}.
+<code>python -m experiments run NAME</code> adds one, <code>run all</code> all of them.</p></footer>
+{% endif %}
 </body>
 </html>
 """

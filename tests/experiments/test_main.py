@@ -40,6 +40,15 @@ def test_list_shows_every_experiment_and_what_it_asks(lab, call):
     for text in ("alpha", "beta", "Sinks & <b>other</b> tokens", "arXiv:2410.10781",
                  "Where are they?", "heads", "levels", "backcopy-1l"):
         assert text in found.stdout
+    assert "*" not in found.stdout
+
+
+def test_list_marks_the_models_that_only_the_experiment_can_make(lab, call):
+    lab.add("alpha", **{'models=("backcopy-1l",)':
+                        'models=("reader", "all-minilm-l6-v2", "org/model", "planted")'})
+    found = call("list").stdout
+    assert "planted *" in found and found.count(" *") == 1
+    assert "* made on the spot by the experiment" in found
 
 
 def test_list_names_a_broken_experiment_and_shows_the_others(lab, call):
@@ -235,6 +244,86 @@ def test_a_partial_run_does_not_land_on_the_whole_one(lab, call, tmp_path, words
     assert call("run", "alpha", *words).exit_code == 0
     assert [p.parent.relative_to(tmp_path) for p in tmp_path.rglob("claims.json")] == [
         Path(folder) / "alpha"]
+
+
+def folders_of_models(tmp_path, *names):
+    """Folders that exist; the experiments of the laboratory never open them."""
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+    return names
+
+
+def test_models_of_one_name_do_not_replace_each_other(lab, call, tmp_path):
+    """Two folders and a hub model of one name; each run again lands on its own results."""
+    lab.add("alpha")
+    lab.add("beta")
+    first, second = folders_of_models(tmp_path, "run1/final", "run2/final")
+    homes = {}
+    for model in (first, second, "org/final"):
+        found = call("run", "alpha", "--model", model, "--tiny")
+        assert found.exit_code == 0, found.output
+        (new,) = {p.parents[2] for p in tmp_path.glob("figures/*/tiny/alpha/claims.json")
+                  } - set(homes.values())
+        homes[model] = new
+        assert (f"these results go to figures/{new.name}." in found.stderr) == (model != first)
+        assert f"2 figures in figures/{new.name}/tiny/alpha" in found.stdout
+    assert homes[first].name == "final" and homes[second].name.startswith("final-")
+    assert str(tmp_path.name) not in homes[second].name
+    before = {p: p.read_bytes() for p in tmp_path.glob("figures/*/tiny/alpha/manifest.json")}
+    # The same folder by another path, with another experiment and with --resume.
+    (tmp_path / "link").symlink_to(tmp_path / "run2")
+    assert call("run", "beta", "--model", "link/final", "--tiny").exit_code == 0
+    assert (homes[second] / "tiny" / "beta" / "claims.json").is_file()
+    again = call("run", "alpha", "--model", second, "--tiny", "--resume")
+    assert "alpha: finished before, left as it is" in again.stderr
+    assert before == {p: p.read_bytes() for p in tmp_path.glob("figures/*/tiny/alpha/manifest.json")}
+    assert call("run", "alpha", "--model", first, "--seed", 1).exit_code == 0
+    assert (homes[first] / "alpha" / "claims.json").is_file()
+    report = call("report")
+    assert "results: 5, broken: 0" in report.stdout, report.output
+
+
+def test_a_folder_with_the_name_of_a_bundled_model_leaves_its_place_free(lab, call, tmp_path):
+    lab.add("alpha")
+    (folder,) = folders_of_models(tmp_path, "mine/reader")
+    assert call("run", "alpha", "--model", folder).exit_code == 0
+    assert not (tmp_path / "figures" / "reader").exists()
+    assert call("run", "alpha", "--model", "reader").exit_code == 0
+    assert (tmp_path / "figures" / "reader" / "alpha" / "claims.json").is_file()
+
+
+def test_models_of_one_name_are_not_run_together(lab, call, tmp_path):
+    lab.add("alpha")
+    first, second = folders_of_models(tmp_path, "run1/final", "run2/final")
+    found = call("run", "alpha", "--model", first, "--model", second)
+    assert found.exit_code == 2 and "'run1/final' and 'run2/final' are both called" in found.stderr
+    assert call("run", "alpha", "--model", first, "--model", f"{first}/").exit_code == 0
+
+
+def test_a_failed_run_leaves_no_empty_folder(lab, call, tmp_path):
+    lab.fails_with("alpha", "RuntimeError('x')")
+    assert call("run", "alpha", "--model", "org/final", "--tiny").exit_code == 1
+    assert not (tmp_path / "figures").exists()
+
+
+def test_claims_that_one_reason_keeps_from_being_tested_are_one_row(lab, call, tmp_path):
+    lab.add("alpha", **{'    out.claim(Claim.untestable("It needs depth."': '''
+    for i in range(37):
+        out.claim(Claim.untestable(f"Sentence {i}.", "arXiv:2512.22213", "too few blocks"), "m")
+    out.claim(Claim.untestable("It needs depth."'''})
+    found = call("run", "alpha")
+    flat = re.sub(r"[\s│┃]+", " ", found.stdout)
+    assert "37 claims [m]: too few blocks" in flat and "Sentence 7" not in flat
+    assert "It needs depth. (the model has 3 blocks)" in flat and "38 not testable" in flat
+    assert "Sentence 36." in (tmp_path / "figures" / "alpha" / "claims.md").read_text()
+
+
+def test_why_a_figure_was_not_drawn_stands_beside_the_count(lab, call):
+    lab.add("alpha", **{'out.figure("heads", figure)': 'out.no_figure("heads", "no head is left.")'})
+    found = call("run", "alpha", "--figure", "heads")
+    assert found.exit_code == 0
+    assert "alpha: 0 figures in figures/only-heads/alpha" in found.stdout
+    assert "not drawn: heads: no head is left" in found.stdout
 
 
 def test_a_figure_runs_only_the_experiments_that_draw_it(lab, call, tmp_path):

@@ -81,7 +81,7 @@ def read(folder):
 
 def test_the_page_needs_nothing_but_itself(ran, call):
     found = call("report")
-    assert found.exit_code == 0 and "results: 2, missing or broken: 0." in found.stdout
+    assert found.exit_code == 0 and "results: 2, broken: 0, not run yet: 0." in found.stdout
     page = read(ran)
     assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
     assert "@import" not in page.text and "url(" not in page.text
@@ -128,18 +128,22 @@ def test_verdicts_have_a_color_and_a_word_and_are_counted(ran, call):
 def test_a_broken_result_is_a_named_problem_beside_the_others(ran, call, damage, sentence):
     damage(ran / "alpha")
     found = call("report")
-    assert found.exit_code == 0 and "results: 1, missing or broken: 1." in found.stdout
+    assert found.exit_code == 0 and "results: 1, broken: 1, not run yet: 0." in found.stdout
     page = read(ran)
-    assert "Missing or broken (1)" in page.plain and sentence in page.plain
+    assert "Broken (1)" in page.plain and sentence in page.plain
     assert len(page.images) == 2 and "beta" in page.plain
     assert found.stderr.startswith("  alpha: ") and sentence in found.stderr
     assert str(ran) not in page.text
 
 
-def test_an_experiment_without_a_result_is_a_named_problem(ran, lab, call):
+def test_experiments_that_were_not_run_are_one_line_at_the_end(ran, lab, call):
     lab.add("gamma")
-    call("report")
-    assert "gamma : no result yet; run 'python -m experiments run gamma'." in read(ran).plain
+    lab.add("delta")
+    found = call("report")
+    assert "results: 2, broken: 0, not run yet: 2." in found.stdout and found.stderr == ""
+    page = read(ran)
+    assert "Not run yet: delta, gamma." in page.plain and "problems" not in page.ids
+    assert page.text.index("Not run yet") > page.text.index("</main>")
 
 
 def test_runs_on_other_models_have_their_own_sections(ran, call):
