@@ -4,6 +4,35 @@ Every class also derives from the built-in error a Python user would catch, so t
 `except ValueError` keeps working in code that has never heard of this package.
 """
 
+import difflib
+from collections.abc import Iterable
+
+ALIKE = 0.7
+"""How much a misspelt name must have in common with a known one (`difflib`'s ratio)."""
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """The known name that a misspelt one is closest to; "" if none is close.
+
+    Example:
+        >>> near("recieved", ["entropy", "received"]), near("recieved", ["q", "k"])
+        ('received', '')
+    """
+    spelled = {one.lower(): one for one in known}
+    found = difflib.get_close_matches(name.lower(), spelled, 1, ALIKE)
+    return spelled[found[0]] if found else ""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What a message about an unknown name ends with; "" if no known name is near.
+
+    Example:
+        >>> did_you_mean("nedle", ["bos", "needle"])
+        " Did you mean 'needle'?"
+    """
+    close = near(name, known)
+    return f" Did you mean {close!r}?" if close else ""
+
 
 class UndertowError(Exception):
     """Any error raised on purpose by `interp` or `probes`.
@@ -36,6 +65,10 @@ class PromptError(UndertowError, ValueError):
 
 class SegmentNotFound(UndertowError, KeyError):
     """A named segment that the prompt does not have; the message lists those it has."""
+
+
+class NotAskedFor(UndertowError, KeyError):
+    """A site or statistic that a run does not hold; the message says how to ask for it."""
 
 
 class SiteRefused(UndertowError, ValueError):

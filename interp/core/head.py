@@ -56,6 +56,10 @@ def heads(given: Union[HeadLike, Iterable[HeadLike]]) -> tuple[Head, ...]:
     one = isinstance(given, str) or (
         isinstance(given, tuple) and len(given) == 2 and all(isinstance(x, int) for x in given)
     )
+    if not one and not isinstance(given, Iterable):
+        raise ValueError(
+            f"{given!r} is neither a head nor a list of heads; write heads like 'L1H2' or (1, 2)."
+        )
     several: Any = [given] if one else given
     found = {
         Head.parse(item) if isinstance(item, str) else Head(int(item[0]), int(item[1]))

@@ -8,6 +8,7 @@ from typing import Any, Optional, Union
 
 import numpy as np
 
+from interp.core.errors import did_you_mean
 from interp.core.head import Head, HeadLike
 from interp.core.head import heads as _heads
 from interp.core.prompt import Where, is_number
@@ -96,7 +97,8 @@ class Intervention:
     def __post_init__(self) -> None:
         phase = getattr(self, "phase", "all")
         if phase not in PHASES:
-            raise ValueError(f"phase {phase!r} is not one of: {', '.join(PHASES)}.")
+            raise ValueError(f"phase {phase!r} is not one of: {', '.join(PHASES)}."
+                             f"{did_you_mean(phase, PHASES)}")
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,8 @@ def ablate(
     if not chosen:
         raise ValueError("no heads to ablate: give at least one, like 'L1H2' or (1, 2).")
     if by not in ABLATIONS:
-        raise ValueError(f"cannot ablate by {by!r}; choose one of: {', '.join(ABLATIONS)}.")
+        raise ValueError(f"cannot ablate by {by!r}; choose one of: {', '.join(ABLATIONS)}."
+                         f"{did_you_mean(by, ABLATIONS)}")
     if by == "mean" and value is None:
         raise ValueError("ablation by 'mean' needs value=[layer, head, d_head].")
     if by == "resample" and value is None:
@@ -255,6 +258,8 @@ def scale(
         >>> scale([(0, 1)], 0.5)
         ScaleHeads(heads=(L0H1,), factor=0.5, phase='all')
     """
+    if isinstance(heads, (int, float)):
+        raise ValueError(f"scale takes the heads first, then the factor: scale(heads, {heads}).")
     chosen = _heads(heads)
     if not chosen:
         raise ValueError("no heads to scale: give at least one, like 'L1H2' or (1, 2).")
@@ -310,7 +315,8 @@ def edit(
         'mlp_out.2'
     """
     if how not in HOW:
-        raise ValueError(f"cannot edit by {how!r}; choose one of: {', '.join(HOW)}.")
+        raise ValueError(f"cannot edit by {how!r}; choose one of: {', '.join(HOW)}."
+                         f"{did_you_mean(how, HOW)}")
     chosen = None if dims is None else tuple(int(d) for d in dims)
     return EditSite(Site.parse(site), how, Array(value), _freeze(positions), chosen, phase)
 

@@ -7,7 +7,7 @@ from typing import Any, Optional, SupportsIndex, Union
 import numpy as np
 import xxhash
 
-from interp.core.errors import OutOfRange, PromptError, SegmentNotFound
+from interp.core.errors import OutOfRange, PromptError, SegmentNotFound, did_you_mean
 from interp.core.segment import Segment
 
 Where = Union[str, SupportsIndex, slice, Segment, Sequence[SupportsIndex], np.ndarray]
@@ -24,6 +24,31 @@ def is_number(where: Where) -> bool:
     return isinstance(where, SupportsIndex) and not getattr(where, "ndim", 0)
 
 
+SHOWN = 8
+"""How many token ids the `repr` of a prompt shows."""
+
+
+def check_named(segments: Any) -> None:
+    """Raise `PromptError` unless segments are given by name.
+
+    Example:
+        >>> check_named({"needle": (3, 8)})
+    """
+    if segments is not None and not isinstance(segments, Mapping):
+        raise PromptError(
+            "segments are given by name, as a dict like {'needle': 'amber'} or {'needle': (3, 8)}, "
+            f"not as {segments!r:.60}."
+        )
+
+
+def _where(segment: Segment) -> str:
+    """Its positions in few characters: "4", "4-9" or "6 positions"."""
+    first, last, count = min(segment.positions), max(segment.positions), len(segment.positions)
+    if last - first + 1 != count:
+        return f"{count} positions"
+    return str(first) if count == 1 else f"{first}-{last}"
+
+
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """Tokens to run, with the places that matter in them.
@@ -36,6 +61,8 @@ class Prompt:
         >>> prompt = Prompt.from_tokens([7, 8, 9, 4], segments={"needle": (1, 3)})
         >>> len(prompt), prompt.positions("needle"), prompt.positions("last")
         (4, (1, 2), (3,))
+        >>> prompt
+        Prompt(4 tokens: 7, 8, 9, 4; segments needle (1-2))
     """
 
     ids: tuple[int, ...]
@@ -73,6 +100,7 @@ class Prompt:
 
         Raises `PromptError` for no ids, `OutOfRange` for a segment beyond the end.
         """
+        check_named(segments)
         numbers = tuple(int(i) for i in np.asarray(ids).reshape(-1))
         found = []
         for name, where in (segments or {}).items():
@@ -93,6 +121,18 @@ class Prompt:
                 found.append(Segment(name, tuple(int(i) for i in np.atleast_1d(where)), kind))
         return cls(numbers, tuple(found), tokens=tuple(tokens))
 
+    def __repr__(self) -> str:
+        ids = ", ".join(map(str, self.ids[:SHOWN])) + (", ..." if len(self.ids) > SHOWN else "")
+        parts = [f"{len(self.ids)} token{'' if len(self.ids) == 1 else 's'}: {ids}"]
+        if self.segments:
+            parts.append("segments " + ", ".join(f"{s.name} ({_where(s)})" for s in self.segments))
+        if self.images:
+            parts.append(f"{len(self.images)} image{'' if len(self.images) == 1 else 's'}")
+        if self.text:
+            cut = self.text if len(self.text) <= 5 * SHOWN else self.text[: 5 * SHOWN] + "..."
+            parts.append(f"text {cut!r}")
+        return f"Prompt({'; '.join(parts)})"
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -102,7 +142,10 @@ class Prompt:
             if segment.name == name:
                 return segment
         have = ", ".join(repr(s.name) for s in self.segments) or "none"
-        raise SegmentNotFound(f"the prompt has no segment {name!r}; it has: {have}.")
+        raise SegmentNotFound(
+            f"the prompt has no segment {name!r}; it has: {have}."
+            f"{did_you_mean(name, [s.name for s in self.segments])}"
+        )
 
     def of_kind(self, kind: str) -> tuple[Segment, ...]:
         """Every segment of this kind, in order; empty if there is none."""

@@ -1,10 +1,11 @@
 """Names of the places in a transformer that can be read or written."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Optional, Union
 
-from interp.core.errors import OutOfRange, SiteRefused
+from interp.core.errors import OutOfRange, SiteRefused, did_you_mean
 
 RESIDUAL = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_in", "mlp_out")
 HEADED = ("q", "k", "v", "z")
@@ -46,6 +47,7 @@ class Site:
         if self.name not in NAMES:
             raise SiteRefused(
                 f"there is no site {self.name!r}; the sites are: {', '.join(NAMES)}."
+                f"{did_you_mean(self.name, NAMES)}"
             )
 
     @classmethod
@@ -53,6 +55,13 @@ class Site:
         """Read "name", "name.3" or "name.3,5"; a `Site` passes through."""
         if isinstance(given, Site):
             return given
+        if not isinstance(given, str):
+            raise SiteRefused(
+                f"{given!r} is not a site; write the layer behind the name, like 'resid_post.3'."
+            )
+        ours = _of_hook(given)
+        if ours:
+            raise SiteRefused(f"{given!r} is the name of a TransformerLens hook; the site is {ours!r}.")
         name, _, layers = given.partition(".")
         if not layers:
             return cls(name)
@@ -76,6 +85,16 @@ class Site:
         if self.layers is None:
             return self.name
         return f"{self.name}.{','.join(map(str, self.layers))}"
+
+
+def _of_hook(given: str) -> str:
+    """The site of a TransformerLens hook, "" for anything else."""
+    found = re.fullmatch(r"(?:blocks\.(\d+)\.)?(?:attn\.)?hook_(\w+)", given)
+    if found is None:
+        return ""
+    name = "scores" if found[2] == "attn_scores" else found[2]
+    layer = "" if found[1] is None else f".{found[1]}"
+    return f"{name}{layer}" if name in NAMES else ""
 
 
 def check_layers(layers: Union[int, Iterable[int], None], n_layers: int) -> tuple[int, ...]:

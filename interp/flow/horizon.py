@@ -21,6 +21,7 @@ from interp.core import NumericalError, OutOfRange, Prompt, PromptError, Result,
 from interp.core.prompt import Where
 from interp.figures.style import color, style
 from interp.models.model import Model
+from interp.prompts.first_token import token_id
 
 
 def windows(prompt: Prompt, image: str = "image", size: SupportsIndex = 2) -> list[tuple[int, ...]]:
@@ -116,7 +117,7 @@ def information(
     Source: arXiv:2512.07580, isolation measure; cost by causal prefix reuse and batching.
     """
     places, chosen = _grouped(prompt, image, groups)
-    token, others = int(answer), [int(other) for other in against]
+    token, others = token_id(answer), [token_id(other) for other in against]
     if token in others:
         raise PromptError(
             f"token {token} begins the answer and one of the others too, so it cannot tell them "
@@ -177,7 +178,7 @@ def leave_one_out(
     correlation of the two (`agreement`) belongs beside either.
     """
     places, chosen = _grouped(prompt, image, groups)
-    wanted = _layers(layers, model.n_layers)
+    wanted, answer = _layers(layers, model.n_layers), token_id(answer)
     remaining = Removal(model, prompt, image)
     kept = [tuple(p for p in places if p not in group) for group in chosen]
     full = float(remaining.base.logits[-1].float().softmax(-1)[int(answer)])

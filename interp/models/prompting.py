@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from interp.core import ProcessorMissing, Prompt, PromptError
+from interp.core.prompt import check_named
 from interp.models import chat_template
 from interp.models.naming import Encoded, Source, named_segments, with_marked
 from interp.models.offsets import Span, char_spans
@@ -81,6 +82,7 @@ def build(
         raise PromptError(
             f"{parts.name} has no tokenizer; give token ids with interp.Prompt.from_tokens."
         )
+    check_named(segments)
     is_chat = chat or not isinstance(text_or_messages, str)
     if is_chat:
         if isinstance(text_or_messages, str) and not text_or_messages.strip():

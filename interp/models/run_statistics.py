@@ -6,7 +6,7 @@ from typing import Any
 
 import xarray as xr
 
-from interp.core.errors import SiteRefused
+from interp.core.errors import SiteRefused, did_you_mean
 from interp.core.prompt import Prompt
 from interp.models.run import stack_labelled
 from interp.stream import reducers as attention_statistics
@@ -34,6 +34,7 @@ class Statistics:
                 known = sorted((*attention_statistics.NAMES, *residual_statistics.NAMES))
                 raise ValueError(
                     f"there is no statistic {name!r}; choose from: {', '.join(known)}."
+                    f"{did_you_mean(name, known)}"
                 )
             self.asked[name] = (kind, one)
         self._made: dict[tuple[int, int, str], dict[str, Any]] = {}

@@ -6,11 +6,28 @@ at differs from that of every other possible answer. "top left" and "top right" 
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal, Optional, SupportsIndex
+from typing import Any, Literal, Optional, SupportsIndex
 
 from interp.core import PromptError
 
 Decode = Callable[[list[int]], str]
+
+
+def token_id(answer: Any) -> int:
+    """One token id, where a text may have been given by mistake.
+
+    Example:
+        >>> token_id(7)
+        7
+
+    Raises `PromptError` for anything but one number.
+    """
+    if isinstance(answer, SupportsIndex):
+        return int(answer)
+    raise PromptError(
+        f"an answer is one token id, not {answer!r:.60}; take the first of model.tokenizer(' '+text, "
+        "add_special_tokens=False)['input_ids'] that tells the answers apart (told_apart)."
+    )
 
 
 def discriminative(

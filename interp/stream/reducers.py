@@ -13,6 +13,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from interp.core.errors import did_you_mean
 from interp.stream.received import Received, ValueWeighted
 from interp.stream.reducer import Positions, Reducer, Where
 from interp.stream.tile import Tile
@@ -394,7 +395,8 @@ segments, top_keys, offsets, row_deficit, value_weighted.
         ValueError: the name, or a setting that no statistic has.
     """
     if name not in _REGISTERED:
-        raise ValueError(f"there is no statistic {name!r}; choose from: {', '.join(NAMES)}.")
+        raise ValueError(f"there is no statistic {name!r}; choose from: {', '.join(NAMES)}."
+                         f"{did_you_mean(name, NAMES)}")
     known = {k: set(inspect.signature(v.__init__).parameters) - {"self"}
              for k, v in _REGISTERED.items()}
     strange = set(context) - set().union(*known.values())

@@ -14,7 +14,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.core.errors import OutOfRange
+from interp.core.errors import OutOfRange, did_you_mean
 
 
 class ResidualReducer:
@@ -313,5 +313,6 @@ def by_name(name: str, **settings: Any) -> ResidualReducer:
     Raises ValueError for a name that there is not.
     """
     if name not in _REGISTERED:
-        raise ValueError(f"there is no statistic {name!r}; choose from: {', '.join(NAMES)}.")
+        raise ValueError(f"there is no statistic {name!r}; choose from: {', '.join(NAMES)}."
+                         f"{did_you_mean(name, NAMES)}")
     return _REGISTERED[name](**settings)

@@ -99,3 +99,12 @@ def test_an_unknown_site_lists_the_sites():
         interp.Site.parse("residual")
     with pytest.raises(SiteRefused, match="layers of site 'z.x'"):
         interp.Site.parse("z.x")
+
+
+def test_a_prompt_prints_short_however_long_it_is():
+    long = interp.Prompt.from_tokens(range(32_000), {"bos": [0], "needle": (9, 12), "a": [2, 5]})
+    said = repr(long)
+    assert len(said) < 160 and "32000 tokens: 0, 1, 2" in said
+    assert "bos (0), needle (9-11), a (2 positions)" in said
+    assert repr(interp.Prompt((4,), text="word" * 50)).startswith("Prompt(1 token: 4; text 'wordword")
+    assert "2 images" in repr(interp.Prompt((4, 5), images=(0, 0)))

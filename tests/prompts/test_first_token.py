@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
 from interp.core import PromptError
-from interp.prompts.first_token import discriminative, told_apart
+from interp.prompts.first_token import discriminative, token_id, told_apart
 
 CORNERS = [[1, 3], [1, 4], [2, 3], [2, 4]]
 
@@ -35,3 +36,7 @@ def test_what_is_said_first_leaves_one_token_that_decides():
         assert set(against) == {a[n] for a in rest if a[:n] == before}
     with pytest.raises(PromptError, match="one is the beginning of the other"):
         told_apart([1], [[1, 2]])
+
+
+def test_one_token_id_may_be_any_kind_of_number():
+    assert [token_id(n) for n in (7, np.int64(7), torch.tensor(7))] == [7, 7, 7]
