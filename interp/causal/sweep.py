@@ -7,7 +7,9 @@ set of prompts; several processes may fill it (see `interp.causal.cells`).
 """
 
 import copy
+import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional, SupportsIndex, Union
 
@@ -22,11 +24,11 @@ from interp.causal.executors import Executor
 from interp.causal.memory import is_shortage
 from interp.causal.metrics import Metric, key_of
 from interp.core import Head, HeadScores, Prompt, PromptError, Result, ablate
-from interp.core.errors import NotEnoughMemory, OutOfRange
+from interp.core.errors import NotEnoughMemory, OutOfRange, did_you_mean
 from interp.core.head import HeadLike
 from interp.core.head import heads as as_heads
 from interp.core.intervention import Each, Intervention, Phase
-from interp.core.statistics import Estimate
+from interp.core.statistics import FEWEST, Estimate
 from interp.core.statistics import difference as paired_difference
 from interp.models.model import Model
 
@@ -281,20 +283,59 @@ def difference(
     """Top minus random, prompt by prompt, with its 95 % bootstrap interval over prompts.
 
     The random sets of all seeds are averaged first: what is compared is the finding with its
-    control, and prompts are the samples.
+    control, and prompts are the samples. The estimate prints with how many different sets there
+    were and whether they are of the same layers; fewer than 5 are warned of.
+
+    Raises `OutOfRange` for a metric or a count that the sweep does not hold.
     """
+    _check(found, metric, count)
     top, random = (found[metric].sel(condition=c, count=int(count)).mean("seed").values
                    for c in CONDITIONS)
-    return paired_difference(top, random, seed=int(seed))
+    said, few = _control(found, count)
+    if few:
+        warnings.warn(few, stacklevel=2)
+    return replace(paired_difference(top, random, seed=int(seed)), control=said)
+
+
+def _check(found: Result, metric: str, *counts: SupportsIndex) -> None:
+    metrics = [str(name) for name in found.data if name != "layer_matched"]
+    if metric not in metrics:
+        raise OutOfRange(f"the sweep has no metric {metric!r}; it has: {', '.join(metrics)}."
+                         f"{did_you_mean(metric, metrics)}")
+    there = [int(count) for count in found["count"].values]
+    for count in counts:
+        if int(count) not in there:
+            raise OutOfRange(f"the sweep has no count {int(count)}; its counts are: "
+                             f"{', '.join(map(str, there))}.")
+
+
+def _control(found: Result, count: SupportsIndex) -> tuple[str, str]:
+    """What a count was held against, in words, and a warning where that is little."""
+    if not int(count) or "random" not in found.manifest:
+        return "", ""
+    sets, matched = random_sets(found, count), bool(found["layer_matched"].sel(count=int(count)))
+    where = "layer-matched" if matched else "from all layers, as the layers have too few other heads"
+    said = f"control: {sets} different random set{'' if sets == 1 else 's'} of heads, {where}"
+    if sets >= FEWEST:
+        return said, ""
+    return said, (
+        f"only {sets} different random set{' stands' if sets == 1 else 's stand'} behind the control "
+        f"at count {int(count)} ({where}); ablate fewer heads of a layer, exclude fewer, or raise "
+        f"seeds, for at least {FEWEST}."
+    )
 
 
 def effect(
     found: Result, metric: str, count: SupportsIndex, condition: str = "top", *,
     seed: SupportsIndex = 0,
 ) -> Estimate:
-    """A condition minus the model as it is (count 0), prompt by prompt, with its interval."""
+    """A condition minus the model as it is (count 0), prompt by prompt, with its interval.
+
+    Raises `OutOfRange` for a metric or a count that the sweep does not hold.
+    """
     if 0 not in found["count"].values:
         raise OutOfRange("the sweep has no count 0, so there is nothing to compare with.")
+    _check(found, metric, count)
     cut, whole = (found[metric].sel(condition=condition, count=c).mean("seed").values
                   for c in (int(count), 0))
     return paired_difference(cut, whole, seed=int(seed))

@@ -27,12 +27,23 @@ class Estimate:
         >>> estimate = rate(45, 50)
         >>> Claim("Most do.", "arXiv:2410.10781", null=0.5, **estimate.for_claim()).verdict
         'supported'
+        >>> print(difference([0.0, 0.0, 0.0], [1.0, 1.0, 1.0]))
+        -1 (n = 3, mean paired difference, bootstrap over 3 samples; all 3 differences are equal: no \
+interval)
+
+    Attributes:
+        no_interval: why none is printed; "" where there is one. Values that are all equal keep the
+            `interval` of width zero that resampling gives, for claims, but it says nothing about
+            what else might have been drawn.
+        control: what the value was held against, in words, if it was.
     """
 
     value: float
     interval: tuple[float, float]
     n: int
     method: str
+    no_interval: str = ""
+    control: str = ""
 
     def for_claim(self) -> dict[str, Any]:
         """`measured`, `interval`, `n` and `statistic`, as keywords of `Claim`."""
@@ -41,7 +52,10 @@ class Estimate:
 
     def __str__(self) -> str:
         low, high = self.interval
-        return f"{self.value:.4g} [{low:.4g}, {high:.4g}] (n = {self.n}, {self.method})"
+        edges = "" if self.no_interval else f" [{low:.4g}, {high:.4g}]"
+        why = f"{self.no_interval}: no interval" if self.no_interval else ""
+        about = "; ".join(part for part in (f"n = {self.n}, {self.method}", why, self.control) if part)
+        return f"{self.value:.4g}{edges} ({about})"
 
 
 def bootstrap(
@@ -52,6 +66,7 @@ def bootstrap(
     resamples: int = RESAMPLES,
     seed: int = 0,
     name: str = "",
+    values: str = "values",
 ) -> Estimate:
     """A statistic of paired samples with its percentile bootstrap interval.
 
@@ -67,6 +82,7 @@ def bootstrap(
         samples: arrays of one length, resampled together along their first axis.
         groups: one label per entry, where entries are not independent (ten answers to one
             problem): whole groups are drawn.
+        values: what one sample is, in the printed line where there is no interval.
 
     Raises:
         NumericalError: NaN or infinity in the samples.
@@ -91,8 +107,9 @@ def bootstrap(
     unit = "samples" if groups is None else "groups"
     method = f"{name or _name(statistic)}, bootstrap over {len(parts)} {unit}"
     value = float(statistic(*arrays))
+    why = _no_interval(arrays, len(parts), unit, values)
     if len(parts) < FEWEST:
-        return Estimate(value, (float("nan"), float("nan")), len(parts), method)
+        return Estimate(value, (float("nan"), float("nan")), len(parts), method, why)
 
     def resampled(drawn: np.ndarray) -> float:
         rows = drawn if groups is None else np.concatenate([parts[int(i)] for i in drawn])
@@ -116,10 +133,21 @@ def bootstrap(
         )
     drawn = found.bootstrap_distribution[np.isfinite(found.bootstrap_distribution)]
     if not len(drawn):
-        return Estimate(value, (float("nan"), float("nan")), len(parts), method)
+        return Estimate(value, (float("nan"), float("nan")), len(parts), method,
+                        why or "no resample defines it")
     edge = (1 - confidence) / 2
     low, high = np.quantile(drawn, [edge, 1 - edge])
-    return Estimate(value, (float(low), float(high)), len(parts), method)
+    return Estimate(value, (float(low), float(high)), len(parts), method, why)
+
+
+def _no_interval(arrays: list[np.ndarray], count: int, unit: str, values: str) -> str:
+    """Why samples say nothing about what else might have been drawn; "" where they do."""
+    if count == 1:
+        return f"there is one {unit.removesuffix('s')}"
+    # Equal but for rounding.
+    if all(float(np.ptp(a)) <= 1e-12 * float(np.abs(a).max()) for a in arrays):
+        return f"all {len(arrays[0])} {values} are equal"
+    return f"fewer than {FEWEST} {unit}" if count < FEWEST else ""
 
 
 def _name(statistic: Callable[..., float]) -> str:
@@ -155,7 +183,7 @@ def difference(
     if a.shape != b.shape:
         raise ValueError(f"paired samples need one length, not {sorted({len(a), len(b)})}.")
     return bootstrap(np.mean, a - b, groups=groups,
-                     **{"name": "mean paired difference", **more})
+                     **{"name": "mean paired difference", "values": "differences", **more})
 
 
 def correlation(

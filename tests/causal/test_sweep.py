@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -78,6 +79,41 @@ def test_controls_are_in_the_manifest_match_the_layers_and_avoid_the_top(model, 
     crowded = sweep.ablation_sweep(model, prompts(2), AnswerLogProb(answers[:2]),
                                    [f"L1H{i}" for i in range(5)], counts=(5,), seeds=5)
     assert not crowded["layer_matched"].any()
+
+
+def test_the_printed_difference_says_what_the_control_was_and_warns_where_it_is_little(model, answers):
+    metric = AnswerAccuracy(answers)
+    wide = sweep.ablation_sweep(model, prompts(), metric, [NEEDED, "L0H1"], counts=(0, 2), seeds=12)
+    sets = sweep.random_sets(wide, 2)
+    assert sets >= 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        said = str(sweep.difference(wide, "accuracy", 2))
+        assert str(sweep.difference(wide, "accuracy", 0)).endswith(
+            "all 8 differences are equal: no interval)")  # nothing is ablated: no control, either
+    assert said.endswith(f"; control: {sets} different random sets of heads, layer-matched)")
+    # Three of six heads leave one set; five of six leave none in the layer.
+    narrow = [f"L1H{i}" for i in range(5)]
+    found = sweep.ablation_sweep(model, prompts(), metric, narrow, counts=(3,))
+    with pytest.warns(UserWarning, match=r"only 1 different random set stands .* count 3 \(layer-m"):
+        assert "control: 1 different random set of heads, layer-matched" in str(
+            sweep.difference(found, "accuracy", 3))
+    found = sweep.ablation_sweep(model, prompts(), metric, narrow, counts=(5,))
+    assert "random sets of heads, from all layers, as the layers have too few other heads" in str(
+        sweep.difference(found, "accuracy", 5))
+    few = sweep.ablation_sweep(model, prompts(), metric, [NEEDED, "L0H1"], counts=(2,), seeds=2)
+    with pytest.warns(UserWarning, match="only 2 different random sets stand"):
+        sweep.difference(few, "accuracy", 2)
+
+
+def test_a_count_or_metric_that_the_sweep_lacks_is_named(model, answers):
+    found = sweep.ablation_sweep(model, prompts(), AnswerAccuracy(answers), [NEEDED], counts=(0, 1))
+    with pytest.raises(OutOfRange, match="no count 7; its counts are: 0, 1"):
+        sweep.difference(found, "accuracy", 7)
+    with pytest.raises(OutOfRange, match="no count 7"):
+        sweep.effect(found, "accuracy", 7)
+    with pytest.raises(OutOfRange, match="no metric 'acuracy'; it has: accuracy. Did you mean"):
+        sweep.difference(found, "acuracy", 1)
 
 
 @pytest.mark.parametrize("by", ["zero", "mean", "uniform"])

@@ -157,3 +157,29 @@ def test_an_estimate_names_its_statistic():
     found = bootstrap(np.ptp, np.arange(8.0), resamples=50)
     assert found.method == "ptp, bootstrap over 8 samples"
     assert "n = 8" in str(found) and "7 [" in str(found)
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0, 0.1])
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_differences_that_are_all_equal_print_no_interval_whatever_they_are(shift, count):
+    base = np.random.default_rng(2).random(count)
+    said = str(difference(base + shift, base, **FAST))
+    assert "[" not in said and "nan" not in said
+    assert f"n = {count}, mean paired difference" in said
+    assert said.endswith(f"; all {count} differences are equal: no interval)")
+    # One that differs brings the interval back, if there are enough of them.
+    other = str(difference(base + shift + np.eye(count)[0], base, **FAST))
+    assert "are equal" not in other
+    assert ("fewer than 5 samples: no interval" in other) == (count < FEWEST) != ("[" in other)
+
+
+def test_one_sample_prints_that_it_is_one_and_what_claims_read_is_as_before():
+    assert str(mean([3.0])) == ("3 (n = 1, mean, bootstrap over 1 samples; there is one sample: "
+                                "no interval)")
+    alone = mean([1.0, 2.0], groups=["a", "a"])
+    assert "there is one group: no interval" in str(alone)
+    equal = mean(np.full(9, 2.0), **FAST)
+    assert equal.for_claim()["interval"] == (2.0, 2.0) and "all 9 values are equal" in str(equal)
+    assert set(equal.for_claim()) == {"measured", "interval", "n", "statistic"}
+    undefined = correlation(np.arange(9.0), np.arange(9.0) * 0, **FAST)
+    assert "no resample defines it: no interval" in str(undefined)
