@@ -60,7 +60,7 @@ def test_a_bundled_model_passes_and_leaves_its_report_and_picture(tmp_path):
 
 
 @pytest.mark.parametrize("name, sentence", [
-    ("looke", "Did you mean the bundled model 'looker'?"),
+    ("looke", "Did you mean 'looker'?"),
     ("./no/such/folder", "there is no folder './no/such/folder'"),
 ])
 def test_a_name_that_leads_nowhere_gives_two_sentences_and_exit_code_2(name, sentence):
@@ -240,3 +240,24 @@ def test_a_check_that_breaks_does_not_end_the_examination(tiny, monkeypatch):
     report = examine_model(model, quick=True, lanes=["hf"])
     assert about(report, "fault") == ["parity hf"] and report.costs and report.sink is not None
     assert LANES[0] == "hf"
+
+
+def test_the_text_says_what_its_numbers_are(looker):
+    text = write(examine_model(looker, lanes=["hf"]))
+    assert "proven in layers 0, 2 and 3: the first, the middle one and the last (hf)" in text or (
+        looker.n_layers != 4)
+    for said in ("rows compared  largest difference  allowed",
+                 "differences are divided by the standard deviation of what is compared",
+                 "built-in sink: none (no learned sink logits, no gates on head outputs)",
+                 "if every token looked at all it sees alike, the first would receive",
+                 "of heads give the first more than 30 %",
+                 "image tokens cover 100 % of its pixels, and 50 % of the pixels of a picture twice"):
+        assert said in text, said
+    for gone in ("flat rows", "sink kind", "units of the spread"):
+        assert gone not in text
+
+
+def test_learned_sinks_are_named(tiny):
+    text = write(examine_model(Model(tiny("gpt_oss"), "m"), quick=True, lanes=["hf"]))
+    assert "built-in sink: a learned sink logit per head; it takes" in text
+    assert "proven in layer 1, the middle one (hf)" in text

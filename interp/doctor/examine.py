@@ -1,11 +1,10 @@
 """The whole examination of a model: open it, then look at everything a user relies on."""
 
-import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from interp.core.errors import ModelNotFound, ModelRefused
+from interp.core.errors import ModelNotFound, ModelRefused, near
 from interp.doctor.attention import examine_attention
 from interp.doctor.costs import examine_costs
 from interp.doctor.lanes import compare, open_lanes, prove_sites, sentence, weigh_sites
@@ -13,8 +12,7 @@ from interp.doctor.picture import examine_picture
 from interp.doctor.report import Report
 from interp.doctor.tokens import examine_tokens
 from interp.models.model import Model
-from interp.models.open import PACKAGED, open_model
-from interp.organisms import registry
+from interp.models.open import bundled, open_model
 
 
 def examine(
@@ -110,13 +108,11 @@ def _about(model: Model) -> dict[str, Any]:
 def _nearest(name: str, error: Exception) -> str:
     """The nearest way that is supported, in one sentence."""
     text = str(error)
-    known = [*registry.names(), *PACKAGED]
     if isinstance(error, ModelNotFound):
-        close = difflib.get_close_matches(name.lower(), known, 1)
-        if close:
-            return f"Did you mean the bundled model {close[0]!r}?"
+        if near(name, bundled()):
+            return "" if "Did you mean" in text else f"Did you mean {near(name, bundled())!r}?"
         return ("Give a folder that save_pretrained wrote, a hub id like 'org/model' (with network "
-                f"or a filled cache), or a bundled model: {', '.join(known)}.")
+                f"or a filled cache), or a bundled model: {', '.join(bundled())}.")
     if "trust_remote_code" in text:
         return ("Read the code that comes with the model, then call the doctor with "
                 "--trust-remote-code if you trust it.")

@@ -70,7 +70,8 @@ class Parity:
 
 @dataclass(frozen=True)
 class Tokens:
-    """How text becomes tokens: BOS, chat template, and whether the two add up to a double BOS."""
+    """How text becomes tokens: the token that opens it, chat template, and whether the two add up
+    to a double BOS. `bos` is the BOS token, or whatever special token opens a text in its place."""
 
     tokenizer: Optional[str]
     vocabulary: int

@@ -6,6 +6,11 @@ from typing import Optional, Union
 from interp.doctor.report import Report, SiteRow
 
 Real = Union[int, float]
+SINKS = {
+    "none": "none (no learned sink logits, no gates on head outputs)",
+    "learned": "a learned sink logit per head", "gated": "gates on head outputs",
+}
+"""What a kind of sink means, in words."""
 
 
 def write(report: Report) -> str:
@@ -65,25 +70,27 @@ def _sites(report: Report) -> list[str]:
                                                              ("write", one.writable)) if yes) or "-")
         rows.append([site, *cells])
     tried: dict[tuple[int, ...], list[str]] = {}
+    total = int(report.model.get("n_layers", 0))
     for lane in lanes:
         layers = tuple(sorted({n for r in report.sites if r.lane == lane for n in r.layers}))
         tried.setdefault(layers, []).append(lane)
     found = _table([["site", *lanes], *rows])
-    found += [f"proven in layer {', '.join(map(str, layers))} ({', '.join(names)})"
+    found += [f"proven in {_layers(layers, total)} ({', '.join(names)})"
               for layers, names in tried.items() if layers]
     found += [f"{lane.name}: closed ({lane.reason})" for lane in report.lanes if not lane.available]
     return found
 
 
 def _parity(report: Report) -> list[str]:
-    rows = [["lane", "what", "against", "rows", "largest", "tolerance", "same top token", ""]]
+    rows = [["lane", "what", "against", "rows compared", "largest difference", "allowed",
+             "same top token", ""]]
     for p in report.parity:
         same = "" if p.same_top is None else f"{100 * p.same_top:.0f} %"
         rows.append([p.lane, p.what, p.against, str(p.positions), f"{p.difference:.1e}",
                      f"{p.tolerance:g}", same, "alike" if p.alike else "DIFFERENT"])
     if len(rows) == 1:
         return []
-    return [*_table(rows), "differences in units of the spread of what is compared"]
+    return [*_table(rows), "differences are divided by the standard deviation of what is compared"]
 
 
 def _tokens(report: Report) -> list[str]:
@@ -91,7 +98,8 @@ def _tokens(report: Report) -> list[str]:
     if t is None or t.tokenizer is None:
         return ["no tokenizer"]
     first = f"the first token of a text is {t.bos!r}" if t.first_token_is_bos else (
-        f"a text does not begin with a special token (BOS: {t.bos!r})")
+        "a text does not begin with a special token "
+        + ("(the tokenizer has no BOS token)" if t.bos is None else f"(the BOS token is {t.bos!r})"))
     return [
         f"{t.tokenizer}, {t.vocabulary:,} tokens; {first}",
         f"chat template: {'yes' if t.chat_template else 'no'}; "
@@ -104,12 +112,13 @@ def _attention(report: Report) -> list[str]:
     found = []
     s = report.sink
     if s is not None:
-        found.append(f"sink kind: {s.kind}" + (
-            f", which take {100 * s.external:.0f} % of a row" if s.external is not None else ""))
+        found.append(f"built-in sink: {SINKS.get(s.kind, s.kind)}" + (
+            f"; it takes {100 * s.external:.0f} % of a row" if s.external is not None else ""))
         found.append(
-            f"first token, over {s.tokens} tokens ({s.text}): receives {100 * s.first:.1f} % of "
-            f"attention (flat rows: {100 * s.uniform:.1f} %; token {max(1, s.tokens // 4)}: "
-            f"{100 * s.middle:.1f} %); {s.heads:.0f} % of heads give it more than 0.3")
+            f"the first of {s.tokens} tokens ({s.text}) receives {100 * s.first:.1f} % of the "
+            f"attention of those that see it, token {max(1, s.tokens // 4)} "
+            f"{100 * s.middle:.1f} %; if every token looked at all it sees alike, the first would "
+            f"receive {100 * s.uniform:.1f} %; {s.heads:.0f} % of heads give the first more than 30 %")
     if report.kv_heads:
         groups: dict[int, list[int]] = {}
         for head, kv in enumerate(report.kv_heads):
@@ -141,8 +150,9 @@ def _picture(report: Report) -> list[str]:
     found = [f"a picture of {p.size[0]} x {p.size[1]} pixels: {p.tokens} tokens, positions {p.first} "
              f"to {p.last}, {grid}{' (assumed)' if p.assumed else ''}"]
     if p.covered is not None:
-        wide = "" if p.wide is None else f"; of a picture twice as wide as high {100 * p.wide:.0f} %"
-        found.append(f"tokens see {100 * p.covered:.0f} % of its pixels{wide}")
+        wide = "" if p.wide is None else (
+            f", and {100 * p.wide:.0f} % of the pixels of a picture twice as wide as high")
+        found.append(f"image tokens cover {100 * p.covered:.0f} % of its pixels{wide}")
     found.append(f"drawn in {p.file}" if p.file else "with --out DIR the grid is drawn")
     return found
 
@@ -163,6 +173,21 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
             for row in rows]
+
+
+def _layers(layers: Sequence[int], total: int) -> str:
+    """Layers in which something was tried, and why these.
+
+    Example:
+        >>> _layers((2,), 4), _layers((0, 2, 3), 4)
+        ('layer 2, the middle one', 'layers 0, 2 and 3: the first, the middle one and the last')
+    """
+    if tuple(layers) == (total // 2,):
+        return f"layer {layers[0]}" + (", the middle one" if total > 2 else "")
+    said = ", ".join(map(str, layers[:-1])) + f" and {layers[-1]}" if len(layers) > 1 else str(layers[0])
+    usual = total > 3 and tuple(layers) == (0, total // 2, total - 1)
+    return f"layer{'s' if len(layers) > 1 else ''} {said}" + (
+        ": the first, the middle one and the last" if usual else "")
 
 
 def _span(numbers: Iterable[int]) -> str:

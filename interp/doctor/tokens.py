@@ -1,5 +1,6 @@
 """How the model's tokenizer begins a text, and whether its chat template begins it twice."""
 
+import warnings
 from typing import Any, Optional
 
 from interp.core.errors import UndertowError
@@ -8,6 +9,7 @@ from interp.doctor.lanes import sentence
 from interp.doctor.report import Report, Tokens
 from interp.models.lane_hf import probe_ids
 from interp.models.model import Model
+from interp.models.plain_text import around, closed_by
 
 TEXT = (
     "The river was higher than anyone in the village could remember. By the evening the lower "
@@ -34,6 +36,9 @@ def examine_tokens(model: Model, report: Report) -> None:
     template = bool(getattr(tokenizer, "chat_template", None)
                     or getattr(model.processor, "chat_template", None))
     first = model.first_token_is_bos
+    closed = closed_by(tokenizer, model.name) if model.kind == "decoder" else ""
+    if closed:
+        report.limit("tokenizer", closed)
     if not first:
         remarks.append("plain texts start without a BOS token, so the first word takes its place")
     double = False
@@ -44,7 +49,7 @@ def examine_tokens(model: Model, report: Report) -> None:
             text = owner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             ids = list(tokenizer(text, add_special_tokens=True)["input_ids"])
             double = _leading(ids, bos) > 1
-            built = _leading(list(model.prompt(messages).ids), bos)
+            built = _leading(list(_quietly(model, messages).ids), bos)
             if built > 1:
                 report.fault("chat template", "model.prompt(chat) begins with two BOS tokens.")
             if double:
@@ -57,10 +62,18 @@ def examine_tokens(model: Model, report: Report) -> None:
             report.limit("chat template", f"the chat template fails: {sentence(error)}")
     else:
         remarks.append("there is no chat template: prompts are plain texts")
+    opening = around(tokenizer)[0] if first else None
+    name = tokenizer.bos_token if opening is None else tokenizer.convert_ids_to_tokens(opening)
     report.tokens = Tokens(
-        type(tokenizer).__name__, size, first, tokenizer.bos_token, template, double,
-        tuple(remarks),
+        type(tokenizer).__name__, size, first, name, template, double, tuple(remarks),
     )
+
+
+def _quietly(model: Model, given: Any) -> Prompt:
+    """A prompt without its warnings: what they say is in the report."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return model.prompt(given)
 
 
 def _leading(ids: list[int], bos: Optional[int]) -> int:
@@ -76,7 +89,7 @@ def short_text(model: Model, most: int = 64) -> tuple[Prompt, str]:
     most = min(most, model.max_positions or most)
     if model.tokenizer is not None:
         try:
-            prompt = model.prompt(TEXT)
+            prompt = _quietly(model, TEXT)
             unknown = getattr(model.tokenizer, "unk_token_id", None)
             share = sum(token == unknown for token in prompt.ids) / len(prompt)
             if share < 0.2 and len(prompt) >= 16:

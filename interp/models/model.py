@@ -1,6 +1,7 @@
 """One model, one verb: `Model.run` reads, writes and measures in whichever lane fits."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Optional, Union
 
@@ -14,11 +15,12 @@ from interp.core.errors import (
     NumericalError,
     OutOfRange,
     PromptError,
+    did_you_mean,
 )
 from interp.core.intervention import Each, Intervention
 from interp.core.prompt import Prompt
 from interp.core.site import Site, check_layers
-from interp.models import prompting
+from interp.models import plain_text, prompting
 from interp.models.edits import Edits, Shape
 from interp.models.prove import Proof, is_causal, prove, refuse, sites_with
 from interp.models.run import Reads, Run, first_bad_layer
@@ -58,6 +60,7 @@ class Model:
         self.source = dict(source or {})
         self._lanes: dict[str, Any] = {}
         self._proofs: dict[str, dict[str, Proof]] = {}
+        self._told: set[str] = set()
         text = self.config.get_text_config()
         self.architecture = type(hf).__name__
         self.has_images = any(
@@ -67,6 +70,7 @@ class Model:
         if lane not in ("auto", *LANES):
             raise ModelRefused(
                 f"there is no lane {lane!r}; choose 'auto', {', '.join(map(repr, LANES))}."
+                f"{did_you_mean(lane, LANES)}"
             )
         first = ("nnsight" if remote else "hf") if lane == "auto" else lane
         engine = self._engine(first)
@@ -118,7 +122,8 @@ class Model:
     def using(self, lane: str) -> "Model":
         """The same weights through another lane ("hf", "bridge", "nnsight"), proven there first."""
         if lane not in LANES:
-            raise ModelRefused(f"there is no lane {lane!r}; choose {', '.join(map(repr, LANES))}.")
+            raise ModelRefused(f"there is no lane {lane!r}; choose {', '.join(map(repr, LANES))}."
+                               f"{did_you_mean(lane, LANES)}")
         other = copy.copy(self)
         other.lane = lane
         other._engine(lane)
@@ -224,8 +229,16 @@ class Model:
 
         Raises:
             PromptError, ProcessorMissing, SegmentNotFound: see `interp.models.prompting.build`.
+
+        Warns of a text whose words the tokenizer mostly does not know, and once per decoder of a
+        tokenizer that closes texts with a token.
         """
-        return prompting.build(self, text_or_messages, images, chat=chat, segments=segments)
+        made = prompting.build(self, text_or_messages, images, chat=chat, segments=segments)
+        for said in plain_text.remarks(self, made):
+            if said not in self._told:
+                warnings.warn(said, stacklevel=2)
+                self._told.add(said)
+        return made
 
     @property
     def first_token_is_bos(self) -> bool:

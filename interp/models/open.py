@@ -13,7 +13,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer
 
-from interp.core.errors import ModelNotFound, ModelRefused
+from interp.core.errors import ModelNotFound, ModelRefused, did_you_mean
+from interp.models.hub import hub_answers
 from interp.models.model import Model
 from interp.models.processor import load_processor_for
 from interp.organisms import registry
@@ -74,6 +75,9 @@ def open_model(
     }
     if local:
         given = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    elif not hub_answers(where, given["revision"]):
+        given["local_files_only"] = True
+    device = _device(device)
     config = _config(name, where, given)
     if remote:
         _check_remote(name, local, lane, device, dtype)
@@ -171,9 +175,48 @@ def _locate(name: str) -> tuple[str, bool, Optional[str]]:
     if looks_local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise ModelNotFound(
             f"there is no folder {name!r}; give an existing folder, a hub id like 'org/model', or "
-            f"one of the bundled models: {', '.join(registry.names())}."
+            f"one of the bundled models: {', '.join(bundled())}.{did_you_mean(name, bundled())}"
+        )
+    # A hub id without an organization is rare; a misspelt bundled name is not.
+    if "/" not in name and did_you_mean(name, bundled()):
+        raise ModelNotFound(
+            f"cannot find {name!r}: it is neither a bundled model ({', '.join(bundled())}) nor a "
+            f"folder here.{did_you_mean(name, bundled())}"
         )
     return name, False, "main"
+
+
+def bundled() -> tuple[str, ...]:
+    """The names that open without a network: trained with the project, or from a package."""
+    return (*registry.names(), *PACKAGED)
+
+
+def _device(device: Any) -> Any:
+    """A device that torch has here, or what was given if it is a map, "auto" or None."""
+    if device is None or device == "auto" or isinstance(device, Mapping):
+        return device
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ModelRefused(
+            f"device cannot be {str(device)!r}: write cpu, mps, cuda, cuda:NUMBER or auto."
+        ) from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ModelRefused(
+            f"device cannot be {str(device)!r}: torch sees no GPU here; write device='cpu', or leave "
+            "it out."
+        )
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ModelRefused(
+            f"device cannot be {str(device)!r}: there are {torch.cuda.device_count()} GPUs here, "
+            "counted from 0."
+        )
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelRefused(
+            f"device cannot be {str(device)!r}: torch sees no Apple GPU here; write device='cpu', or "
+            "leave it out."
+        )
+    return device
 
 
 def _config(name: str, where: str, given: dict[str, Any]) -> Any:
@@ -192,7 +235,7 @@ def _config(name: str, where: str, given: dict[str, Any]) -> Any:
     except OSError as error:
         raise ModelNotFound(
             f"cannot find {name!r}: it is neither a bundled model "
-            f"({', '.join(registry.names())}) nor a folder here, and the hub did not give it "
+            f"({', '.join(bundled())}) nor a folder here, and the hub did not give it "
             f"({_sentence(error)}). Check the spelling, or give a local folder."
         ) from error
 
@@ -221,7 +264,8 @@ def _dtype(dtype: Union[str, torch.dtype, None]) -> Any:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
-        raise ModelRefused(f"dtype {dtype!r} is not one of: {', '.join(DTYPES)}.")
+        raise ModelRefused(f"dtype {dtype!r} is not one of: {', '.join(DTYPES)}."
+                           f"{did_you_mean(dtype, DTYPES)}")
     return getattr(torch, dtype)
 
 

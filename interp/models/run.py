@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from interp.core.errors import SiteRefused
+from interp.core.errors import NotAskedFor, SiteRefused
 from interp.core.prompt import Prompt
 from interp.core.site import PAIRS, Site
 
@@ -18,6 +18,29 @@ READ_DIMS = {
     "k": ("position", "kv_head", "d_head"), "v": ("position", "kv_head", "d_head"),
     "scores": ("head", "query", "key"), "pattern": ("head", "query", "key"),
 }
+
+
+class Asked(dict[str, xr.DataArray]):
+    """What a run holds, by name; a name that was not asked for is answered by how to ask for it.
+
+    Example:
+        >>> Asked({}, "stats")["received"]
+        Traceback (most recent call last):
+        ...
+        interp.core.errors.NotAskedFor: 'received' was not asked for: pass stats=['received'] to \
+model.run (this run holds none).
+    """
+
+    def __init__(self, values: Mapping[str, xr.DataArray], option: str) -> None:
+        super().__init__(values)
+        self.option = option
+
+    def __missing__(self, name: Any) -> Any:
+        held = ", ".join(map(repr, self)) or "none"
+        raise NotAskedFor(
+            f"{name!r} was not asked for: pass {self.option}=[{name!r}] to model.run (this run "
+            f"holds {held})."
+        )
 
 
 @dataclass
@@ -40,11 +63,17 @@ class Run:
     stats: Mapping[str, xr.DataArray] = field(default_factory=dict)
     new_tokens: list[list[int]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.reads, self.stats = Asked(self.reads, "read"), Asked(self.stats, "stats")
+
     def __repr__(self) -> str:
-        return (
-            f"Run({len(self.prompts)} prompts, reads {sorted(self.reads)}, "
-            f"stats {sorted(self.stats)})"
-        )
+        parts = [f"{len(self.prompts)} prompt{'' if len(self.prompts) == 1 else 's'}"]
+        for option, held in (("reads", self.reads), ("stats", self.stats)):
+            parts += [f"{option}[{name!r}] {' x '.join(f'{n} {d}' for d, n in array.sizes.items())}"
+                      for name, array in held.items()]
+        made = sum(map(len, self.new_tokens))
+        parts += [f"{made} new token{'' if made == 1 else 's'}"] * bool(made)
+        return f"Run({'; '.join(parts)})"
 
 
 class Reads:

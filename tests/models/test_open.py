@@ -121,3 +121,71 @@ def test_no_progress_bar_without_a_terminal_and_the_setting_is_restored(capfd):
     interp.open_model("backcopy-1l")
     assert "Loading weights" not in capfd.readouterr().err
     assert transformers.utils.logging.is_progress_bar_enabled() == before
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that is down: the calls that were made to it."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    calls = []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **_: calls.append(a) or _raise())
+    monkeypatch.setattr(_http.time, "sleep", lambda *_: pytest.fail("the hub was asked again"))
+    return calls
+
+
+def _raise():
+    raise socket.gaierror(-2, "Name or service not known")
+
+
+@pytest.mark.parametrize("name, meant", [("raeder", "reader"), ("Loker", "looker"),
+                                         ("backcopy", "backcopy-")])
+def test_a_misspelt_bundled_name_is_told_before_the_hub_is_asked(hub, name, meant):
+    with pytest.raises(ModelNotFound, match=rf"cannot find '{name}'.*Did you mean '{meant}.*'\?$"):
+        interp.open_model(name)
+    assert not hub
+    with pytest.raises(ModelNotFound, match="no folder 'a/b/readr'.*all-minilm-l6-v2"):
+        interp.open_model("a/b/readr")
+
+
+def test_a_hub_that_is_down_is_asked_once_and_without_noise(hub, capfd, caplog):
+    with pytest.raises(ModelNotFound, match="cannot find 'some-org/some-model'.*hub did not give it"):
+        interp.open_model("some-org/some-model")
+    # Once about the model, and once what the library itself wants to know.
+    assert 1 <= len(hub) <= 2
+    assert not caplog.records and capfd.readouterr().err == ""
+
+
+def test_a_hub_that_answers_no_is_asked_by_the_libraries(hub, monkeypatch):
+    from interp.models import hub as module
+
+    class Answer:
+        status_code, headers, request = 404, {}, None
+
+    def refuse(*_, **__):
+        raise module.HfHubHTTPError("no such model", response=Answer())
+
+    monkeypatch.setattr(module, "get_hf_file_metadata", refuse)
+    assert module.hub_answers("some-org/some-model")
+    Answer.status_code = 503
+    assert not module.hub_answers("some-org/some-model")
+    monkeypatch.setattr(module, "get_hf_file_metadata", lambda *_, **__: None)
+    assert module.hub_answers("some-org/some-model") and not hub
+
+
+@pytest.mark.parametrize("device, sentence", [
+    ("gpu", "write cpu, mps, cuda, cuda:NUMBER or auto"), ("cuda:x", "write cpu"),
+    ("cuda", "torch sees no GPU here"), ("mps", "no Apple GPU here"),
+])
+def test_a_device_that_is_not_there_is_one_sentence(monkeypatch, device, sentence):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ModelRefused, match=f"device cannot be '{device}': .*{sentence}") as caught:
+        interp.open_model("backcopy-1l", device=device)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ModelRefused, match="there are 2 GPUs here"):
+        interp.open_model("backcopy-1l", device="cuda:2")

@@ -1,5 +1,8 @@
 """`Model.run`: what comes back, what edits do, and that batching changes nothing."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -202,3 +205,30 @@ def test_a_site_the_architecture_lacks_is_refused_by_name(tiny):
     neox = Model(tiny("gpt_neox"), "tiny-neox")
     with pytest.raises(SiteRefused, match="cannot read 'resid_mid' on tiny-neox in lane 'hf'"):
         neox.run(interp.Prompt.from_tokens([5, 6, 7]), read="resid_mid")
+
+
+def test_what_was_not_asked_for_says_how_to_ask(llama, prompts):
+    run = llama.run(prompts[:2], read="resid_post.1", stats="received", new_tokens=3)
+    for held in (run, pickle.loads(pickle.dumps(run)), copy.copy(run)):
+        bad(lambda held=held: held.stats["entropy"], KeyError, "pass stats=['entropy'] to model.run",
+            "holds 'received'")
+        bad(lambda held=held: held.reads["resid_post"], KeyError, "pass read=['resid_post']",
+            "'resid_post.1'")
+        # A plain mapping otherwise.
+        assert held.stats.get("entropy") is None and "entropy" not in held.stats
+        assert list(held.reads) == ["resid_post.1"] and isinstance(held.reads, dict)
+        assert np.array_equal(held.stats["received"], run.stats["received"], equal_nan=True)
+    bad(lambda: interp.Run(()).stats["entropy"], KeyError, "this run holds none")
+    assert repr(run) == ("Run(2 prompts; reads['resid_post.1'] 2 prompt x 1 layer x 14 position x 48 "
+                         "d_model; stats['received'] 2 prompt x 3 layer x 6 head x 14 key; "
+                         "6 new tokens)")
+
+
+def test_misspelt_names_in_a_run_are_answered_by_the_near_ones(llama, prompts):
+    p = prompts[0]
+    bad(lambda: llama.run(p, stats="recieved"), ValueError, "Did you mean 'received'?")
+    bad(lambda: llama.run(p, read="resid_pots"), SiteRefused, "Did you mean 'resid_post'?")
+    bad(lambda: llama.run(p, read="blocks.1.hook_mlp_out"), SiteRefused, "the site is 'mlp_out.1'")
+    bad(lambda: llama.run(p, write=interp.block("nedle", "last")), SegmentNotFound,
+        "Did you mean 'needle'?")
+    bad(lambda: llama.using("brigde"), interp.core.ModelRefused, "Did you mean 'bridge'?")
