@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from interp.causal.sweep import fingerprint
 from interp.core import OutOfRange, Prompt, PromptError, ResultCorrupted
+from interp.core.errors import did_you_mean
 from interp.core.prompt import Where
 from interp.core.result import write_atomically
 from interp.models.run import READ_DIMS
@@ -66,6 +67,11 @@ class Store:
             )
         self.rows = pd.concat([_table(self.folder, s) for s in self._shards], ignore_index=True)
 
+    def __repr__(self) -> str:
+        layers = ", ".join(map(str, self.layers))
+        return (f"Store({self.folder.name!r}: {len(self)} samples of {self.manifest.get('model')!r}; "
+                f"sites {', '.join(self.sites)}; layers {layers})")
+
     def __len__(self) -> int:
         """Number of samples."""
         return len(self.rows)
@@ -105,7 +111,8 @@ class Store:
     ) -> Iterator[tuple[pd.DataFrame, xr.DataArray]]:
         """Rows and states shard by shard, for what does not fit into memory (`partial_fit`, say)."""
         if site not in self.sites:
-            raise OutOfRange(f"the store has no site {site!r}; it has: {', '.join(self.sites)}.")
+            raise OutOfRange(f"the store has no site {site!r}; it has: {', '.join(self.sites)}."
+                             f"{did_you_mean(site, self.sites)}")
         if layer is not None and int(layer) not in self.layers:
             raise OutOfRange(f"the store has no layer {int(layer)}; it has: {list(self.layers)}.")
         inner = [d for d in READ_DIMS.get(site, ("position", "d_model")) if d != "position"]
@@ -272,9 +279,11 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def _same(folder: Path, about: Mapping[str, Any]) -> None:
     found = _manifest(folder)
-    names = {"weights": "another model (or other weights)", "prompts": "other prompts, positions or "
-             "labels"}
-    for name, value in about.items():
+    names = {"weights": f"another model (or other weights), {found.get('model')!r}",
+             "prompts": "other prompts, positions or labels"}
+    # What explains the rest comes first: another model has other layers, too.
+    order = sorted(about, key=lambda name: (name != "weights", name.startswith("n_")))
+    for name, value in ((name, about[name]) for name in order):
         if found.get(name) != value:
             what = names.get(name, f"{name} {found.get(name)!r}, not {value!r}")
             raise ResultCorrupted(

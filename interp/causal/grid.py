@@ -34,7 +34,7 @@ from interp.models.variants import Course, Variants
 
 SHORTCUTS = (
     "resume: blocks before the edit are not executed",
-    "causal prefix: positions before the edit lend their keys and values",
+    "causal prefix: positions before the edit are not run again, as no edit behind them changes them",
     "last row: in the last block the others are executed up to their keys and values",
 )
 HELD = 1 << 28

@@ -12,15 +12,16 @@ class Plan:
         >>> print(Plan("every head", 64, 1, 64, 1, 9, 310.0, 1024.0, 295.0, 64, 12.0, 4000.0,
         ...            used=("resume: blocks before the edit are not executed",)))
         every head: 64 cells x 1 prompt = 64 values
-          passes        1 whole, 9 resumed
-          token-layers  310: 3.3 times fewer than whole passes (1,024); 1.05 times the floor (295)
+          passes        1 from the first block on, 9 begun in the middle
+          token-layers  310: 3.3 times fewer than whole passes (1,024); of these no shortcut can save 295
           batch         64 cells at most
           memory        12 MiB expected, 4,000 MiB free
           used          resume: blocks before the edit are not executed
 
     Attributes:
         cells, prompts, values: the grid (values: cells that exist, over all prompts).
-        forwards: whole passes. resumed: passes that begin in the middle.
+        forwards: whole passes. resumed: passes that begin in the middle: at the first block that an
+            edit changes.
         token_layers: tokens through blocks, parts of a block by their share of its parameters;
             naive: with a whole pass per value; floor: what differs from the plain runs and can
             reach the metric, and nothing else.
@@ -50,10 +51,10 @@ class Plan:
         lines = [f"{self.name}: {self.cells:,} cells x {self.prompts:,} prompt{several} = "
                  f"{self.values:,} values{done}"]
         fewer = self.naive / max(1.0, self.token_layers)
-        over = "" if self.floor <= 0 else (
-            f"; {self.token_layers / self.floor:.2f} times the floor ({self.floor:,.0f})")
+        over = "" if self.floor <= 0 else f"; of these no shortcut can save {self.floor:,.0f}"
         said = [
-            ("passes", f"{self.forwards:,} whole, {self.resumed:,} resumed"),
+            ("passes", f"{self.forwards:,} from the first block on, {self.resumed:,} begun in the "
+                       "middle"),
             ("token-layers", f"{self.token_layers:,.0f}: {fewer:.1f} times fewer than whole passes "
                              f"({self.naive:,.0f}){over}"),
             ("batch", f"{self.batch:,} cells at most"),

@@ -154,3 +154,16 @@ def test_bad_input_is_one_sentence(model, tmp_path):
         made.states("resid_post", layer=1)
     with pytest.raises(OutOfRange, match="no site 'z'; it has: resid_post"):
         made.states("z")
+
+
+def test_a_store_of_another_model_says_so_before_it_speaks_of_layers(model, tmp_path):
+    given = prompts()
+    made = store.extract(model, given, tmp_path / "s", progress=False)
+    other = interp.open_model("backcopy-1l")  # of one layer
+    with pytest.raises(ResultCorrupted, match="made of another model .*'tiny-llama'"):
+        store.extract(other, given, tmp_path / "s", progress=False)
+    with pytest.raises(ResultCorrupted, match="made of other prompts"):
+        store.extract(model, given[:5], tmp_path / "s", progress=False)
+    assert repr(made) == ("Store('s': 11 samples of 'tiny-llama'; sites resid_post; layers 0, 1, 2)")
+    with pytest.raises(OutOfRange, match="Did you mean 'resid_post'"):
+        made.states("resid_pots")
