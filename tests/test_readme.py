@@ -15,9 +15,9 @@ def test_the_example_of_the_readme_runs(capsys):
     assert len(blocks) == 4 and scope["sweep"].plan().forwards
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "('prompt', 'layer', 'position', 'd_model')"      # as the comment beside it says
-    said = shown[2:4]
+    said = shown[3:5]
     assert said[0] == "seven ten two" != said[1]                         # without and with the cut
-    assert {"resid_post", "pattern"} <= set(re.findall(r"'(\w+)'", shown[1]))
+    assert {"resid_post", "pattern"} <= set(re.findall(r"'(\w+)'", shown[2]))
     # Prompts that differ, all answered, and heads that matter more than their controls.
     assert len({prompt.ids for prompt in scope["prompts"]}) == len(scope["prompts"]) > 4
     found = scope["found"]
