@@ -1,6 +1,6 @@
 """Needle prompts for whichever model is asked: in the bundled reader's language, or in English."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,21 +16,41 @@ SHARES = (0.02, 0.1, 0.4)
 """Lengths of detection prompts for a model of its own language, as shares of what it reads; never
 above 4096 tokens."""
 
+SHORTEST = 160
+"""Tokens that an English needle with its question and some text around it take at least."""
+
+ANSWER = 16
+"""Positions left free for the answer in the reader's language."""
+
 
 def lengths(model: Any, settings: Settings) -> dict[str, tuple[int, ...]]:
-    """Prompt lengths by use: "detect" heads, "test" them, and the whole "grid"."""
+    """Prompt lengths by use: "detect" heads, "test" them, and the whole "grid"; all fit the model.
+
+    None at all to detect with means that the model is too short for any.
+    """
     if texts.knows(model, reader):
         # Trained on up to 512 tokens; beyond, it begins to fail, which is wanted too.
         full = {"detect": (48, 128, 256, 384), "test": (64, 160), "fail": (896, 1000),
                 "grid": (64, 256, 512, 640, 896)}
         tiny = {"detect": (48, 64), "test": (48,), "fail": (), "grid": (48, 96)}
-        return settings.pick(full, tiny=tiny)
+        room = (model.max_positions or 1 << 30) - ANSWER
+        return {use: tuple(n for n in sizes if n <= room)
+                for use, sizes in settings.pick(full, tiny=tiny).items()}
     most = min(model.max_positions or 4096, 10240) - 64
-    steps = sorted({max(160, min(4096, int(share * most))) for share in SHARES})
-    grid = sorted({*steps, max(160, int(0.7 * most)), most})
+    if most < SHORTEST:
+        return {"detect": (), "test": (), "fail": (), "grid": ()}
+    steps = sorted({max(SHORTEST, min(4096, int(share * most))) for share in SHARES})
+    grid = sorted({*steps, max(SHORTEST, int(0.7 * most)), most})
     full = {"detect": tuple(steps), "test": tuple(steps[:2]), "fail": (), "grid": tuple(grid)}
-    tiny = {"detect": (160,), "test": (160,), "fail": (), "grid": (160,)}
+    tiny = {"detect": (SHORTEST,), "test": (SHORTEST,), "fail": (), "grid": (SHORTEST,)}
     return settings.pick(full, tiny=tiny)
+
+
+def too_short(model: Any, sizes: Mapping[str, Sequence[int]]) -> str:
+    """Why no prompt can be made, "" where `lengths` found some to detect and to test with."""
+    return "" if sizes["detect"] and sizes["test"] else (
+        f"{model.name} has {model.max_positions} positions: too few for a needle in a text, its "
+        "question and the answer")
 
 
 def needles(

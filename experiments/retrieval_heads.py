@@ -97,6 +97,11 @@ def run(settings: Settings, out: Output) -> None:
 
 def _one(model: Any, settings: Settings, out: Output) -> Any:
     sizes = _needles.lengths(model, settings)
+    reason = _needles.too_short(model, sizes)
+    if reason:
+        out.record(model)
+        _give_up(model, reason, out)
+        return None
     depths = settings.pick((0.0, 0.25, 0.5, 0.75, 1.0), tiny=(0.0, 0.5, 1.0))
     detect = _needles.needles(model, sizes["detect"], depths, settings.rng(1),
                               each=settings.pick(2, tiny=1))
@@ -112,11 +117,7 @@ def _one(model: Any, settings: Settings, out: Output) -> Any:
     if not found.manifest["n_kept"]:
         reason = (f"none of {len(detect)} prompts passed the success filter: {model.name} does not "
                   "retrieve")
-        for key, sentence in SENTENCES.items():
-            if key != "intrinsic":
-                out.claim(Claim.untestable(sentence, SOURCE, reason), model.name)
-        for name in ("niah", "bins", "ranks", "map", "sweep", "sink"):
-            out.no_figure(name, f"{reason}.", of=model.name)
+        _give_up(model, reason, out)
         return None
     scores = retrieval.scores_of(found)
     out.table(f"heads-{model.name}", scores.to_dataframe())
@@ -128,6 +129,14 @@ def _one(model: Any, settings: Settings, out: Output) -> Any:
     grid = _grid(model, sizes["grid"], depths, sweeps, top, settings, out)
     draw_all(model, found, scores, sweeps, top, grid, sink, out)
     return found["score"]
+
+
+def _give_up(model: Any, reason: str, out: Output) -> None:
+    for key, sentence in SENTENCES.items():
+        if key != "intrinsic":
+            out.claim(Claim.untestable(sentence, SOURCE, reason), model.name)
+    for name in ("niah", "bins", "ranks", "map", "sweep", "sink"):
+        out.no_figure(name, f"{reason}.", of=model.name)
 
 
 def _scores(model: Any, found: Result, scores: Any, out: Output) -> None:

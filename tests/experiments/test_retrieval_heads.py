@@ -133,3 +133,29 @@ def test_lengths_fit_the_model(tiny):
     for settings in (Settings.of(), Settings.of(tiny=True)):
         sizes = _needles.lengths(model, settings)
         assert all(max(v, default=0) <= 640 - 50 for v in sizes.values()) and sizes["detect"]
+
+
+@pytest.mark.parametrize("positions", [64, 128, 512, 1024])
+def test_a_model_with_few_positions_gets_prompts_that_fit_or_a_reason(positions):
+    """The bundled reader's language, whose prompts are as long as one likes, in shorter models."""
+    import interp
+
+    model = interp.open_model("reader")
+    whole = _needles.lengths(model, Settings.of())
+    model.max_positions = positions
+    sizes = _needles.lengths(model, Settings.of())
+    assert all(n + _needles.ANSWER <= positions for use in sizes.values() for n in use)
+    assert (_needles.too_short(model, sizes) != "") == (positions == 64)
+    if positions == 1024:
+        assert sizes == whole
+
+
+def test_a_model_that_is_too_short_leaves_reasons_and_no_failure(tmp_path, monkeypatch):
+    import interp
+
+    model = interp.open_model("reader")
+    model.max_positions = 40
+    monkeypatch.setattr(interp, "open_model", lambda *a, **k: model)
+    outcome = execute(load("retrieval_heads"), Settings.of(model=["reader"], out=tmp_path / "out"))
+    assert {claim.verdict for claim in outcome.claims} == {"not testable"}
+    assert sum("40 positions" in claim.reason for claim in outcome.claims) == len(outcome.claims) - 1
