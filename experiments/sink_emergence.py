@@ -76,6 +76,8 @@ NUMBERS = {
 }
 """The papers' numbers, all second-hand."""
 
+LEGEND = {"natural": "natural text", "random": "random tokens", "repeated": "one token repeated"}
+
 CHANCE_LOSS = 0.9
 """A model whose loss is above this share of ln(vocabulary) predicts nothing worth losing."""
 
@@ -142,9 +144,20 @@ def _text(model: Any, count: int, length: int, rng: np.random.Generator) -> list
     return texts.natural(model, count, length, rng)
 
 
+def _kind(model: Any) -> str:
+    """What `_text` gives, in one word."""
+    return "random" if _no_text(model) else "natural"
+
+
 def _no_text(model: Any) -> str:
     return "" if model.tokenizer is not None else \
         f"{model.name} has no tokenizer, so it was given random tokens"
+
+
+def _shown(model: Any) -> str:
+    """What `_text` gives, for captions and details."""
+    return "natural text" if not _no_text(model) else \
+        f"random tokens ({model.name} has no tokenizer)"
 
 
 def _length(model: Any, settings: Settings) -> int:
@@ -160,9 +173,10 @@ def _share(model: Any, settings: Settings, out: Output) -> bool:
     """
     length, count = _length(model, settings), settings.pick(64, tiny=12)
     prompts = _text(model, count, length, settings.rng(1))
-    out.record(prompts=prompts, name=f"natural-{model.name}")
+    kind = _kind(model)
+    out.record(prompts=prompts, name=f"{kind}-{model.name}")
     found = first_token.measure(model, prompts)
-    out.save(f"natural-{model.name}", found)
+    out.save(f"{kind}-{model.name}", found)
     special = "[CLS]" if model.kind == "encoder" else "the first token"
     first = found["alpha"].isel(key=0).mean("head")
     if not bool(first.notnull().any()):
@@ -172,7 +186,8 @@ def _share(model: Any, settings: Settings, out: Output) -> bool:
     figure, ax = canvas(1, 1)
     first_token.draw(found, ax)
     ax.set_title(f"{model.name}, {length} tokens")
-    out.figure("heads", figure, of=model.name)
+    out.figure("heads", figure, PAPER.figures["heads"].replace("natural text", _shown(model)),
+               of=model.name)
 
     uniform = 1 / length if model.kind == "encoder" else float(np.mean(1 / np.arange(1, length + 1)))
     early = found["alpha"].isel(key=slice(1, length // 2)).mean(("head", "key"))
@@ -200,14 +215,14 @@ def _share(model: Any, settings: Settings, out: Output) -> bool:
         SHARE.format(special), statistics.mean(first.isel(layer=strongest).values[1::2]),
         null=2 * uniform, figure="share", details={
             "layer": strongest, "layers above 0.3": layers, "uniform": uniform,
-            "tokens": _no_text(model) or "natural text",
+            "tokens": _shown(model),
             "per layer": [round(float(x), 4) for x in best.values]})
     return True
 
 
 def _decoder(model: Any, settings: Settings, out: Output) -> None:
     length, count = _length(model, settings), settings.pick(100, tiny=12)
-    inputs = _inputs(model, count, length, settings)
+    inputs, text = _inputs(model, count, length, settings), _kind(model)
     alphas = {
         kind: model.run(prompts, stats="received", logits="none").stats["received"]
         for kind, prompts in inputs.items()
@@ -217,21 +232,27 @@ def _decoder(model: Any, settings: Settings, out: Output) -> None:
     rates = {kind: _rate(alpha) for kind, alpha in alphas.items()}
     figure, ax = canvas(1, 1)
     keys = np.arange(length)[first_token.early_keys(length)]
-    for (kind, rate), role in zip(rates.items(), ("primary", "secondary", "control")):
-        ax.plot(keys, rate.mean("prompt").values[keys], color=color(role), label=kind)
+    # Curves that coincide stay visible: each later one is thinner, darker and leaves gaps.
+    looks = {"natural": ("primary", "-", 4.5, 0.5), "random": ("secondary", "--", 1.8, 1.0),
+             "repeated": ("control", ":", 1.8, 1.0)}
+    for kind, rate in rates.items():
+        role, dashes, width, alpha = looks[kind]
+        ax.plot(keys, rate.mean("prompt").values[keys], dashes, color=color(role), linewidth=width,
+                alpha=alpha, label=LEGEND[kind])
     ax.set_xlabel("key position")
     ax.set_ylabel(f"sink rate at {EPSILON} (%)")
     ax.legend()
     ax.set_title(f"{model.name}, {length} tokens")
-    out.figure("inputs", figure, of=model.name)
+    out.figure("inputs", figure, f"{PAPER.figures['inputs']} Without a tokenizer there is no natural "
+               "text." if _no_text(model) else "", of=model.name)
 
     claim = _claim(model.name, out)
-    natural = rates["natural"].isel(key=0).values
-    strongest = float(alphas["natural"].isel(key=0).mean("prompt").max())
+    natural = rates[text].isel(key=0).values
+    strongest = float(alphas[text].isel(key=0).mean("prompt").max())
     rate = float(natural.mean())
     more = {"unit": "%", "figure": "inputs", "details": {
         "T": length, "epsilon": EPSILON, "BOS": bool(texts.first_ids(model)),
-        "strongest head": strongest,
+        "strongest head": strongest, "tokens": _shown(model),
         "random text": float(rates["random"].isel(key=0).mean()),
         "repeated token": float(rates["repeated"].isel(key=0).mean())}}
     # A sink that is not there cannot be moved or lost.
@@ -239,32 +260,32 @@ def _decoder(model: Any, settings: Settings, out: Output) -> None:
         f"{model.name} has no sink to begin with: the first token is one in {rate:.1f} % of "
         f"(prompt, layer, head), and {FEW} % are needed")
     claim(NATURAL, _no_text(model) or statistics.mean(natural), null=FEW, **more)
-    others = rates["natural"].isel(key=slice(1, length // 2)).max("key").values
+    others = rates[text].isel(key=slice(1, length // 2)).max("key").values
     claim(OTHERS, none or statistics.difference(natural, others), null=0.0, **more)
     claim(RANDOM, statistics.mean(rates["random"].isel(key=0).values), null=FEW, **more)
-    learned = _position_ids(model, inputs["natural"][0])
+    learned = _position_ids(model, inputs[text][0])
     alike = "" if learned is None else (
         f"the claim is about models whose copies of a token are all alike at first; "
         f"{model.name} adds a learned vector to each position")
     claim(REPEATED, alike or none or statistics.mean(rates["repeated"].isel(key=0).values),
           null=5.0, direction="below", **more)
-    _swap(model, inputs["natural"], none, claim)
+    _swap(model, inputs[text], none, claim)
     _lengths(model, settings, out)
-    _profile(model, inputs["natural"][: settings.pick(32, tiny=12)], out, claim)
-    _hiding(model, inputs["natural"][: settings.pick(24, tiny=8)], settings, out, claim)
+    _profile(model, inputs[text][: settings.pick(32, tiny=12)], out, claim)
+    _hiding(model, inputs[text][: settings.pick(24, tiny=8)], settings, out, claim)
     if model.sink_kind == "learned":
-        found = first_token.measure(model, inputs["natural"][:8])
+        found = first_token.measure(model, inputs[text][:8])
         claim(LEARNED, statistics.mean(found["external"].mean(("layer", "head")).values), null=0.05)
     else:
         claim(LEARNED, f"{model.name} has no learned sink logits")
 
 
 def _inputs(model: Any, count: int, length: int, settings: Settings) -> dict[str, list[Prompt]]:
-    """Natural text, random tokens, one token repeated; each as the tokenizer starts a text."""
+    """Natural text (if it can be given), random tokens, one token repeated."""
     rng = settings.rng(2)
     drawn = texts.random_tokens(model, count, length, rng)
     return {
-        "natural": _text(model, count, length, rng),
+        **({} if _no_text(model) else {"natural": _text(model, count, length, rng)}),
         "random": drawn,
         # The paper repeats one token from the start, without BOS.
         "repeated": [Prompt.from_tokens([prompt.ids[-1]] * length) for prompt in drawn],
@@ -384,7 +405,7 @@ def _profile(model: Any, prompts: list[Prompt], out: Output, claim: Any) -> None
     norms = found["residual_norm"]
     peak = norms.isel(position=0) / norms.isel(position=slice(1, None)).mean("position")
     # The layer is chosen on one half of the prompts and judged on the other.
-    highest = int(peak.isel(prompt=slice(0, None, 2)).mean("prompt").argmax())
+    highest = int(peak.isel(prompt=slice(0, None, 2)).mean("prompt").argmax("layer"))
     claim(RESIDUAL, none or statistics.mean(peak.isel(layer=highest).values[1::2]), null=2.0,
           figure="profile", unit="times", details={"entering layer": highest})
     cosine = found["angle"].isel(layer=layer, head=head).values
@@ -403,7 +424,9 @@ def _hiding(model: Any, prompts: list[Prompt], settings: Settings, out: Output, 
                      along="n_first", x="tokens hidden from the second half",
                      label="added cross-entropy (nats)",
                      roles={"first n tokens": "primary", "n random early tokens": "control"})
-    ax.set_title(model.name)
+    ax.set_xticks(sizes, [str(n) for n in sizes])
+    ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.02), ncols=2, borderaxespad=0.0)
+    ax.set_title(model.name, pad=20)
     out.figure("hiding", figure, of=model.name)
     loss, chance = float(found["baseline"].mean()), float(np.log(model.d_vocab))
     effect = f"{model.name} predicts no better than chance: its loss is {loss:.2f} nats, that of " \

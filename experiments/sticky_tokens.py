@@ -30,10 +30,12 @@ PAPER = Paper(
     "Which tokens, inserted again and again, pull the similarity of sentences to a fixed value?",
     figures={
         "curves": "Similarity of pairs of sentences against the number of copies inserted between the "
-        "words of one of them; dotted: the mean similarity of the vocabulary.",
+        "words of one of them, one color per pair; dotted: the mean similarity of the vocabulary.",
         "scores": "Scores of the tokens that were looked at, a random sample unless all are done; the "
-        "line is the score that the best 2 % reach.",
-        "rates": "Pull rate of sticky tokens and of others: shares of pairs that come closer.",
+        "dotted line is the score that the best 2 % reach. The score of a token is how much it lowers "
+        "the distance of pairs, over how much it raises it.",
+        "rates": "Share of pairs of sentences that a token brings closer (its pull rate), for sticky "
+        "tokens and for others; one dot per token.",
         "attention": "Share of the attention of the other tokens that one inserted token takes, per "
         "layer; gray: ordinary tokens in the same places; dotted: an equal share.",
         "counts": "Sticky tokens of 37 models against their size (released results).",
@@ -41,8 +43,8 @@ PAPER = Paper(
     models=("all-minilm-l6-v2",),
 )
 (SOURCE,) = PAPER.sources
-OWN = "measured by this toolkit, after arXiv:2507.18171"
-DERIVED = "of this toolkit, on arXiv:2507.18171"
+OWN = "added by this toolkit, after arXiv:2507.18171"
+DERIVED = "added by this toolkit, not in arXiv:2507.18171"
 STEPS = (0, 1, 2, 4, 8, 12, 16, 20, 25, 30)
 WHOLE = "python -m probes.sticky_tokens"
 
@@ -196,7 +198,7 @@ class Sticky(Subject):
                        "sticky no stronger than its partner": float((one <= other).mean())})
         self.claim("twosided", statistics.difference(
             near["variance"].to_numpy(), far["variance"].to_numpy(), resamples=2000), null=0.0,
-            direction="below", unit="variance of the similarity, after over before", control=control,
+            direction="below", unit="(variance after over before, sticky minus benign)", control=control,
             details={"sticky": float(near["variance"].mean()),
                      "benign": float(far["variance"].mean()), "pairs on either side": pairs,
                      "pairs above the mean that move apart":
@@ -207,8 +209,8 @@ class Sticky(Subject):
         self.claim("null", statistics.rate(picked, len(null)), null=0.0, control="benign tokens",
                    details={"picked": picked, "of": len(null)})
         if self.wants("rates"):
-            groups = {"published" if self.known and self.whole is None else "found": one,
-                      "benign": other}
+            listed = "published" if self.known and self.whole is None else "found"
+            groups = {f"sticky\n({listed})": one, "benign": other}
             if self.whole is not None:
                 groups = {"shortlist": self.whole["pull_rate_"].to_numpy(), "random": null, **groups}
             self.figure("rates", _rates_figure(groups, self.model.name, pairs, self.settings.seed))
@@ -274,8 +276,9 @@ class Sticky(Subject):
         figure, ax = canvas(width=PAGE / 2)
         ax.hist(values, bins=min(40, max(5, len(values) // 2)), color=CYCLE[1], alpha=0.8)
         bar = float(np.percentile(values, 98))
-        ax.axvline(bar, color="black", linestyle=":", linewidth=0.9)
-        ax.set_xlabel("score (falls over rises of the distance)")
+        ax.axvline(bar, color="black", linestyle=":", linewidth=0.9, label="best 2 % from here")
+        ax.set_xlabel("score: distance lowered over raised")
+        ax.legend()
         ax.set_ylabel("tokens")
         ax.set_title(self.model.name)
         note(ax, f"{len(values)} of {len(self.detector.usable_)} usable tokens")
@@ -300,11 +303,14 @@ class Sticky(Subject):
                     texts.append(" ".join(words))
                 vectors = self.detector.encoder_.encode([first, *texts])
                 vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-                ax.plot(steps, vectors[1:] @ vectors[0], marker="o", color=CYCLE[k % len(CYCLE)])
-            ax.axhline(self.detector.mean_similarity_, color="black", linestyle=":", linewidth=0.9)
+                ax.plot(steps, vectors[1:] @ vectors[0], marker="o", color=CYCLE[k % len(CYCLE)],
+                        label=f"pair {k + 1}")
+            ax.axhline(self.detector.mean_similarity_, color="black", linestyle=":", linewidth=0.9,
+                       label="mean of the vocabulary")
             ax.set_xlabel("copies inserted")
             ax.set_title(f"{name}: {_shown(self.detector.usable_[i])}")
         axes[0].set_ylabel("cosine similarity")
+        axes[1].legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0.0)
         note(axes[1], f"{self.model.name}, {len(pairs)} pairs")
         self.figure("curves", figure)
 
@@ -379,7 +385,7 @@ def _rates_figure(groups: dict[str, np.ndarray], name: str, pairs: int, seed: in
                    medianprops={"color": "black"})
         ax.plot(k - 0.12 - 0.2 * rng.random(len(values)), values, ".", color=hue, alpha=0.5)
     ax.set_xticks(range(len(groups)), list(groups))
-    ax.set_ylabel("pull rate")
+    ax.set_ylabel("share of pairs brought closer")
     ax.set_title(name)
     note(ax, f"{pairs} pairs")
     return figure

@@ -4,6 +4,7 @@ On `looker` as it was trained, on a copy in which visual sinks were planted (so 
 known), and on any vision-language model with a processor: the pictures are scenes with known boxes.
 """
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from experiments._output import Output
 from experiments._paper import Paper, Settings
 from interp.core import Claim, ModelNotFound, Prompt, Result, statistics
 from interp.figures import image_overlay
-from interp.figures.style import PAGE, canvas, color
+from interp.figures.style import PAGE, canvas, color, note
 from interp.heads import image_centric
 from interp.prompts import scenes
 from interp.sinks import visual
@@ -499,12 +500,11 @@ def _places(model: Any, data: list[Case], found: Result, claim: Any, out: Output
         sinks = {p for places in visual.sinks_by_layer(found, number, image_only=True).values()
                  for p in places}
         image_overlay.draw(ax, case.picture, segment, received[list(segment.positions)],
-                           label="attention received", mark={p: "visual" for p in sinks},
-                           bar=number == len(shown) - 1)
+                           label="attention received", mark={p: "visual" for p in sinks})
         if ax.get_legend() is not None:
             # The caption says what the outline means; there is no room above a question.
             ax.get_legend().remove()
-        ax.set_title(case.question.text, fontsize=7)
+        ax.set_title(textwrap.fill(case.question.text, 28), fontsize=7)
     out.figure("overlay", figure, of=model.name)
 
 
@@ -588,11 +588,18 @@ def _redistribution(
             gains[name].append(float(row[case.answer] - base[case.answer]))
             right[name].append(float(int(row.argmax()) == case.answer))
     figure, ax = canvas(1, 1, width=PAGE * 0.6)
-    ax.boxplot(list(gains.values()), widths=0.5, medianprops={"color": "black"})
+    ax.boxplot(list(gains.values()), widths=0.5, medianprops={"color": "black"}, showfliers=False)
+    beside = settings.rng(7)
+    for x, values in enumerate(gains.values(), 1):
+        # Where most questions do not change, the box is a line; the dots show the others.
+        ax.plot(x + beside.uniform(-0.2, 0.2, len(values)), values, "o", markersize=3, alpha=0.5,
+                markeredgewidth=0, color=color("visual"))
     ax.set_xticks(range(1, len(plans) + 1), [n.replace(", ", "\n") for n in plans])
     ax.axhline(0, color=color("control"), linewidth=0.8)
     ax.set_ylabel("change of log-probability (nats)")
-    ax.set_title(f"{model.name}, p = 0.6, rho = 0.5")
+    ax.set_title(model.name)
+    note(ax, "60 % of the attention on sinks is moved (p = 0.6); chosen heads: at least half of their "
+             "image\nattention is off the sinks (rho = 0.5); one dot per question")
     out.figure("redistribution", figure, of=model.name)
     more = {"unit": "nats", "figure": "redistribution", "causal": True, "details": {
         "accuracy": {name: float(np.mean(v)) for name, v in right.items()},

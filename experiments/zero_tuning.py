@@ -16,8 +16,8 @@ from experiments import _answer_tasks as tasks
 from experiments._output import Output
 from experiments._paper import Paper, Settings
 from interp.core import Claim, Head, PromptError, Result, statistics
-from interp.figures import head_grid
-from interp.figures.style import BLUE, GRAY, GREEN, PAGE, VERMILION, canvas
+from interp.figures import head_grid, layer_curve
+from interp.figures.style import BLUE, GRAY, GREEN, PAGE, VERMILION, canvas, note
 from interp.sinks import initial_token
 
 PAPER = Paper(
@@ -54,7 +54,8 @@ CLAIMS = {
     "entropy classification": "Output entropy falls where accuracy rises, over gamma "
     "(classification).",
     "position": "Scaling the first token changes answers more than scaling other early tokens.",
-    "sign": "Classification wants gamma above one, questions want it below.",
+    "sign": "The gamma of most right answers is above one in classification, and below one for "
+    "questions.",
     "layers": "Shallow and middle layers respond more than deep ones.",
     "mass": "The first token takes much attention, so that there is something to scale (some head "
     "above .3).",
@@ -178,6 +179,10 @@ def _valid(model: Any, found: dict[str, Result], out: Output) -> None:
     best = int(correct.mean(1).argmax())
     if correct[best].mean() <= correct[one].mean():
         _skip(out, model, "no gamma raises accuracy on either task", "valid")
+        return
+    if valid[[one, best]].all():
+        _skip(out, model, "every answer is valid as it is and under the best gamma: no share can rise",
+              "valid")
         return
     among = [float(correct[i][valid[i] > 0].mean()) if valid[i].any() else float("nan")
              for i in (one, best)]
@@ -325,8 +330,9 @@ def _heads(model: Any, task: tasks.Task, settings: Settings, out: Output) -> Non
                    hatched="not tried")
     changed = np.nanmax(np.abs(right))
     axes[0].set_title(model.name)
-    axes[1].set_title(f"gamma {HEAD_GAMMA:g}, {len(small)} questions\n"
-                      f"(accuracy moves by up to {changed:.2g})")
+    axes[1].set_title(f"gamma {HEAD_GAMMA:g}, {len(small)} questions\n" + (
+        f"(accuracy changes by up to {changed:.2g})" if changed > 0 else
+        "(no head changes accuracy)"))
     out.figure("heads", figure, of=model.name)
 
 
@@ -341,12 +347,16 @@ def _positions(model: Any, task: tasks.Task, settings: Settings, out: Output) ->
         for p in places
     ])
     figure, ax = canvas(1, 1)
-    ax.bar(range(len(places)), response.mean(1), 0.7, color=[VERMILION, *[GRAY] * len(places)][
-        : len(places)])
+    low, high = layer_curve.band(response.T)
+    mean = response.mean(1)
+    ax.bar(range(len(places)), mean, 0.7, color=[VERMILION, *[GRAY] * len(places)][: len(places)],
+           yerr=np.maximum(0, [mean - low, high - mean]))
     ax.set_xticks(range(len(places)), [str(p) for p in places])
     ax.set_xlabel("position that is scaled")
-    ax.set_ylabel("change of log probability (nats)")
-    ax.set_title(f"{model.name}, {len(small)} questions, gamma {gammas[0]:g} or {gammas[1]:g}")
+    ax.set_ylabel("largest absolute change of\nlog probability (nats)")
+    ax.set_title(model.name)
+    note(ax, f"the larger of gamma {gammas[0]:g} and {gammas[1]:g}; mean and 95 % interval, "
+             f"n = {len(small)} questions")
     out.figure("positions", figure, of=model.name)
     _claim(out, model, "position", statistics.difference(response[0], response[1:].mean(0)),
            null=0.0, causal=True, control=f"positions {', '.join(map(str, places[1:]))}, scaled in "

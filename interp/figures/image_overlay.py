@@ -109,7 +109,8 @@ def draw(
             loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(roles), borderaxespad=0.1,
         )
     if bar:
-        ax.figure.colorbar(patches, ax=ax, label=label, pad=0.02)
+        # As high as the picture, whatever room its panel has: a title stays above the picture.
+        ax.figure.colorbar(patches, cax=ax.inset_axes((1.03, 0.0, 0.05, 1.0)), label=label)
     return ax
 
 

@@ -590,8 +590,10 @@ def draw(found: Result, ax: Axes) -> Axes:
               for name, chosen in groups.items() if bool(chosen.any())}
     roles = {"first token": "primary", "visual sinks": "visual", "other image tokens": "image",
              "other text": "control"}
-    layer_curve.draw(ax, curves, label="phi", roles={n: roles[n] for n in curves})
-    ax.axhline(tau, color="black", linewidth=0.8, linestyle=":")
+    layer_curve.draw(ax, curves, label="phi (size in the sink dimensions)",
+                     roles={n: roles[n] for n in curves})
+    ax.axhline(tau, color="black", linewidth=0.8, linestyle=":", label=f"threshold, {tau:.3g}")
+    ax.legend()
     return ax
 
 

@@ -7,6 +7,7 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from experiments import active_dormant, secondary_sinks, sink_emergence, visual_sinks
+from experiments._outcome import Outcome
 from experiments._output import execute
 from experiments._paper import Settings, load
 
@@ -77,6 +78,11 @@ def test_without_a_tokenizer(tiny, tmp_path, architecture):
     found = checked("sink_emergence", folder, tmp_path)
     assert found[sink_emergence.NATURAL].reason.startswith(f"{architecture} has no tokenizer")
     assert found[sink_emergence.RANDOM].measured is not None
+    # What is not natural text is nowhere called so.
+    assert found[sink_emergence.OTHERS].reason or "random tokens" in str(
+        found[sink_emergence.OTHERS].details["tokens"])
+    (drawn,) = [f for f in Outcome.load(tmp_path / "out" / "sink_emergence").figures if f.files]
+    assert f"random tokens ({architecture} has no tokenizer)" in drawn.caption
     if architecture == "gpt2":
         checked("secondary_sinks", folder, tmp_path)
 

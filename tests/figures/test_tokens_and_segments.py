@@ -183,7 +183,7 @@ def test_every_patch_is_colored_on_its_own_pixels(ax):
     assert ax.get_xlim() == (0, 24) and ax.get_ylim() == (12, 0)
     assert ax.images[0].get_extent() == [0, 24, 12, 0]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("x (pixels)", "y (pixels)")
-    bars = [a.get_ylabel() for a in ax.figure.axes if a is not ax]
+    bars = [a.get_ylabel() for a in ax.child_axes]
     assert bars == ["attention"]
 
 
