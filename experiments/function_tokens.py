@@ -37,7 +37,7 @@ PAPER = Paper(
     models=("reader", "all-minilm-l6-v2"),
 )
 (SOURCE,) = PAPER.sources
-OWN = "of this toolkit, on arXiv:2510.08203"
+OWN = "added by this toolkit, not in arXiv:2510.08203"
 FEW = 10
 TWINS = 5
 """Untrained models; one alone can lie below another by chance."""

@@ -14,8 +14,9 @@ from interp.core.claim import Claim
 from interp.figures.style import VERDICTS
 
 TAGS = {
-    "paper": "paper", "code": "official code", "data": "released results",
-    "checked": "checked by running", "derived": "derived here", "secondary": "second-hand",
+    "paper": "paper", "code": "the paper's released code", "data": "released results",
+    "checked": "checked by running", "derived": "derived here",
+    "secondary": "second-hand: as others quote it",
 }
 """How a provenance tag is worded beside a number."""
 
@@ -106,7 +107,7 @@ def expected(claim: Claim) -> str:
     if claim.null is None:
         return "–"
     if claim.direction == "equal":
-        return f"{number(claim.null)} ± {number(claim.tolerance)}"
+        return f"within {number(claim.tolerance)} of {number(claim.null)}"
     return f"{claim.direction} {number(claim.null)}"
 
 

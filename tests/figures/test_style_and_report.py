@@ -105,7 +105,7 @@ def test_numbers_have_the_digits_that_matter(value, text):
 
 @pytest.mark.parametrize("changes, expected", [
     ({}, "above 0.1"), (dict(direction="below"), "below 0.1"),
-    (dict(direction="equal", tolerance=0.02), "0.1 ± 0.02"),
+    (dict(direction="equal", tolerance=0.02), "within 0.02 of 0.1"),
 ])
 def test_a_reader_sees_what_the_verdict_was_compared_with(changes, expected):
     claim = Claim("s", SOURCE, 0.5, 0.1, (0.4, 0.6), **changes)
@@ -114,8 +114,9 @@ def test_a_reader_sees_what_the_verdict_was_compared_with(changes, expected):
 
 def test_second_hand_numbers_say_so():
     claim = Claim.untestable("s", SOURCE, "r", paper_number="3.2", paper_tag="secondary")
-    assert report.published(claim) == "3.2 (second-hand)"
-    assert "3.2 (second-hand)" in report.page([report.Section("a", "A", "Q?", (), claims=(claim,))])
+    assert report.published(claim) == "3.2 (second-hand: as others quote it)"
+    assert "3.2 (second-hand: as others quote it)" in report.page([
+        report.Section("a", "A", "Q?", (), claims=(claim,))])
 
 
 def test_every_printable_tag_has_its_words():
