@@ -215,7 +215,7 @@ def _share(model: Any, settings: Settings, out: Output) -> bool:
         SHARE.format(special), statistics.mean(first.isel(layer=strongest).values[1::2]),
         null=2 * uniform, figure="share", details={
             "layer": strongest, "layers above 0.3": layers, "uniform": uniform,
-            "tokens": _shown(model),
+            "tokens": _no_text(model) or "natural text",
             "per layer": [round(float(x), 4) for x in best.values]})
     return True
 
