@@ -48,7 +48,8 @@ def lengths(model: Any, settings: Settings) -> dict[str, tuple[int, ...]]:
 
 def too_short(model: Any, sizes: Mapping[str, Sequence[int]]) -> str:
     """Why no prompt can be made, "" where `lengths` found some to detect and to test with."""
-    return "" if sizes["detect"] and sizes["test"] else (
+    # Without a tokenizer the length is not the point: `needles` says so.
+    return "" if model.tokenizer is None or sizes["detect"] and sizes["test"] else (
         f"{model.name} has {model.max_positions} positions: too few for a needle in a text, its "
         "question and the answer")
 
