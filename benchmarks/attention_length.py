@@ -149,7 +149,7 @@ def _contender(
 def race(quick: bool = False, device: str = "cpu") -> list[Race]:
     """Lengths at which the peers fit into memory, then lengths at which they do not."""
     layers = 2 if quick else 8
-    lengths = {256: 3} if quick else {2048: 5, 4096: 5, 8192: 3, 16384: 3}
+    lengths = {256: 3} if quick else {2048: 5, 4096: 4, 8192: 3, 16384: 3}
     found = []
     for length, rounds in lengths.items():
         contenders = [
@@ -166,7 +166,7 @@ def race(quick: bool = False, device: str = "cpu") -> list[Race]:
     if not quick:
         found.append(measure(
             WIDE, [_contender(name, 4096, device, 0, True, wide=True)
-                   for name in (PLAIN, OURS, EAGER)], PLAIN, truth=EAGER, rounds=5, seconds=150,
+                   for name in (PLAIN, OURS, EAGER)], PLAIN, truth=EAGER, rounds=3, seconds=150,
             device=device, sizes={"tokens": 4096, **REAL}))
     return found
 
