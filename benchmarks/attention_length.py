@@ -26,9 +26,10 @@ LIMIT = 8e9
 PLAIN, OURS = "plain sdpa forward", "undertow, streamed"
 EAGER, BRIDGE = "HF eager output_attentions", "TransformerLens run_with_cache"
 REAL = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16,
-        "num_key_value_heads": 4, "num_hidden_layers": 2}
+        "num_key_value_heads": 4, "num_hidden_layers": 2, "initializer_range": 0.02 / 8**0.5}
 """Heads of width 128, as real models have them: with those of width 32 of the other races what the
-statistics add to every weight, which does not depend on the width, counts four times as much."""
+statistics add to every weight, which does not depend on the width, counts four times as much. The
+smaller weights make logits as large as in those races."""
 WIDE = "4,096 tokens, heads of width 128"
 STATISTICS = ("received", "entropy", "distance", "top_keys")
 
