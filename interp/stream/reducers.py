@@ -40,12 +40,13 @@ class Entropy(Reducer):
             if tile.first:
                 self._increase("entropy", tile, tile.row_entropy)
             return
-        p = tile.probabilities
-        # Zeros become tiny numbers: the logarithm of zero is slow, and no number.
-        entropy = -torch.clamp(p, min=1e-37).log_().mul_(p).sum(-1)
+        # Divided before the logarithm: beside a learned sink that takes nearly all, probabilities
+        # may be too small for float32 where the weights that they are made of are not.
         total = tile.mass if tile.row_sum is None else tile.row_sum
-        # For rows that sum to less than one: -sum p/r log p/r.
-        self._increase("entropy", tile, (entropy + tile.mass * total.log()) / total)
+        share = total.reciprocal() if tile.scale is None else tile.scale / total
+        p = tile.weights * share[..., None]
+        # Zeros become tiny numbers: the logarithm of zero is slow, and no number.
+        self._increase("entropy", tile, -torch.clamp(p, min=1e-37).log_().mul_(p).sum(-1))
 
     def _finish(self) -> xr.DataArray:
         entropy = self._state["entropy"].clamp_min(0)
