@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,17 +101,15 @@ def _opening(name: str, shape: dict[str, Any], rounds: int, device: str) -> Race
             if then:
                 hf(tokens(1, 6, device=device), use_cache=False)
 
-        def used() -> None:
-            plain(then=True)
-
         def ours() -> None:
             import interp
 
             interp.open_model(folder, device=device)
 
-        return measure(name, [Contender(HF, plain), Contender(f"{HF}, and one forward", used),
-                              Contender(OURS, ours)], HF, rounds=rounds,
-                       seconds=120, device=device, sizes={"parameters": size})
+        contenders = [Contender(HF, plain), Contender(f"{HF}, and one forward",
+                                                      partial(plain, then=True)), Contender(OURS, ours)]
+        return measure(name, contenders, HF, rounds=rounds, seconds=120, device=device,
+                       sizes={"parameters": size})
 
 
 def _forwards(rounds: int, device: str) -> Race:

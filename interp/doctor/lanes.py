@@ -93,17 +93,13 @@ def _proofs(model: Model, layer: int) -> dict[str, Proof]:
     """As `Model.proofs`, for another layer than the one proven when the model was opened."""
 
     def outcomes(
-        prompt: Prompt, writes: Sequence[tuple[Intervention, ...]], read: tuple[str, ...] = ()
+        prompt: Prompt, writes: Sequence[tuple[Intervention, ...]], read: tuple[str, ...]
     ) -> tuple[list[Tensor], dict[str, Any]]:
         last = f"resid_post.{model.n_layers - 1}"
         run = model.run([prompt] * len(writes), read=tuple({*read, last}), write=each(writes),
                         batch_size=len(writes))
         rows = run.logits or [torch.tensor(x) for x in run.reads[last].values[:, 0]]
         return rows, {name: array.values[0, 0] for name, array in run.reads.items()}
-
-    def outcome(prompt: Prompt, read: tuple[str, ...]) -> tuple[Tensor, dict[str, Any]]:
-        (row,), found = outcomes(prompt, [()], read)
-        return row, found
 
     known = model.proofs()
     reasons = {name: None if proof.readable else proof.reason for name, proof in known.items()}
@@ -117,9 +113,8 @@ def _proofs(model: Model, layer: int) -> dict[str, Proof]:
                 model.run(probe, read=f"{name}.{layer}", logits="none")
             except SiteRefused as error:
                 reasons[name] = sentence(error)
-    tolerance = {torch.float32: 1e-3, torch.float64: 1e-4}.get(model.dtype, 5e-2)
-    found = prove(outcome, lambda prompt, writes: outcomes(prompt, writes)[0], list(probe.ids),
-                  layer, lambda name: reasons.get(name), tolerance, model.kind == "decoder")
+    found = prove(outcomes, list(probe.ids), layer, lambda name: reasons.get(name),
+                  model._tolerance(), model.kind == "decoder")
     # A write that was refused when the model was opened is not tried again: the reason is that one.
     return {name: replace(proof, reason=known[name].reason)
             if proof.readable and not proof.writable and not known[name].writable else proof

@@ -165,12 +165,6 @@ class Model:
                 for i, row in enumerate(logits)]
         return rows, {s: values[0, 0] for s, values in found.items()}
 
-    def _outcome(
-        self, lane: str, prompt: Prompt, read: tuple[str, ...] = ()
-    ) -> tuple[Tensor, dict[str, Any]]:
-        (row,), found = self._outcomes(lane, prompt, [()], read)
-        return row, found
-
     def _probe(self) -> list[int]:
         from interp.models.lane_hf import probe_ids
 
@@ -178,17 +172,15 @@ class Model:
 
     def _causal(self) -> bool:
         return is_causal(
-            lambda ids: self._outcome(self.lane, Prompt.from_tokens(ids))[0], self._probe()
+            lambda ids: self._outcomes(self.lane, Prompt.from_tokens(ids), [()])[0][0], self._probe()
         )
 
     def _prove(self, lane: str) -> None:
         if lane in self._proofs:
             return
         self._proofs[lane] = prove(
-            lambda prompt, read: self._outcome(lane, prompt, read),
-            lambda prompt, writes: self._outcomes(lane, prompt, writes)[0],
-            self._probe(), self.shape.n_layers // 2, self._engine(lane).unavailable,
-            self._tolerance(), self.kind == "decoder",
+            lambda *given: self._outcomes(lane, *given), self._probe(), self.shape.n_layers // 2,
+            self._engine(lane).unavailable, self._tolerance(), self.kind == "decoder",
         )
 
     def sites(self, verb: str = "read") -> list[str]:

@@ -5,7 +5,7 @@ what was read must leave the outcome as it is, and writing something else must m
 where it may.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
@@ -18,11 +18,10 @@ from interp.core.intervention import Intervention, block, edit, patch
 from interp.core.prompt import Prompt
 from interp.core.site import NAMES
 
-Outcome = Callable[[Prompt, tuple[str, ...]], tuple[Tensor, dict]]
-"""(prompt, sites to read) -> (`[position, width]` outcome, site -> values of that layer)."""
-
-Outcomes = Callable[[Prompt, list[tuple[Intervention, ...]]], list[Tensor]]
-"""(prompt, edits of every run) -> outcome of every run, all from one batch."""
+Outcomes = Callable[
+    [Prompt, Sequence[tuple[Intervention, ...]], tuple[str, ...]], tuple[list[Tensor], dict]]
+"""(prompt, edits of every run, sites to read) -> (outcome `[position, width]` of every run, all from
+one batch; site -> values of that layer in the first run)."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,6 @@ class Proof:
 
 
 def prove(
-    outcome: Outcome,
     outcomes: Outcomes,
     ids: list[int],
     layer: int,
@@ -54,8 +52,8 @@ def prove(
     """Prove every site of `layer` with two short forward passes: one reads, one tries all edits.
 
     Args:
-        outcome: runs one prompt in the lane.
-        outcomes: runs a prompt under many edits at once; every run of it must feel its own edit.
+        outcomes: runs a prompt under many edits at once in the lane; every run of it must feel its
+            own edit.
         ids: a short prompt of ordinary tokens, at least four.
         layer: the block that is written, usually the middle one.
         unavailable: site -> why the architecture does not have it, None if it has.
@@ -72,7 +70,7 @@ def prove(
     proofs = {
         name: Proof(name, False, False, reason) for name, reason in missing.items()
     }
-    base, reads = outcome(prompt, tuple(spelled.values()))
+    (base,), reads = outcomes(prompt, [()], tuple(spelled.values()))
     if not torch.isfinite(base).all():
         raise NumericalError(
             "the model gives NaN or infinity on a prompt of ordinary tokens; its weights are "
@@ -116,7 +114,7 @@ def _tried(
     if not trials:
         return {}
     try:
-        made = outcomes(prompt, [(), *((edit,) for pair in trials.values() for edit in pair)])
+        made, _ = outcomes(prompt, [(), *((edit,) for pair in trials.values() for edit in pair)], ())
     except SiteRefused as error:
         names = list(trials)
         if len(names) == 1:

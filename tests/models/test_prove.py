@@ -21,12 +21,13 @@ def found(model, outcomes=None, reads=None):
     def plain(prompt, writes):
         return model._outcomes("hf", prompt, writes)[0]
 
-    def outcome(prompt, read):
-        row, values = model._outcome("hf", prompt, read)
-        return row, values if reads is None else reads(values)
+    def runs(prompt, writes, read):
+        if read:
+            rows, values = model._outcomes("hf", prompt, writes, read)
+            return rows, values if reads is None else reads(values)
+        return (plain(prompt, writes) if outcomes is None else outcomes(plain, prompt, writes)), {}
 
-    return prove(outcome, plain if outcomes is None else lambda *given: outcomes(plain, *given),
-                 IDS, 1, model._engine("hf").unavailable, 1e-3, True)
+    return prove(runs, IDS, 1, model._engine("hf").unavailable, 1e-3, True)
 
 
 def sites(writes):
