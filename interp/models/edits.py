@@ -71,12 +71,19 @@ class Places:
             self.fixed = prompt.positions(where)
             if isinstance(where, str) and where == "generated":
                 self.tail = len(prompt)
+        self._last: Optional[tuple[Tensor, Tensor]] = None
 
     def among(self, positions: Int[Tensor, "position"]) -> Bool[Tensor, "position"]:
         """Which of these absolute positions are meant."""
+        if self._last is not None and self._last[0] is positions:
+            return self._last[1]
         fixed = torch.tensor(self.fixed, dtype=positions.dtype, device=positions.device)
         found = torch.isin(positions, fixed)
-        return found if self.tail is None else found | (positions >= self.tail)
+        if self.tail is not None:
+            found |= positions >= self.tail
+        # The keys of all layers are one tensor, which nobody changes.
+        self._last = positions, found
+        return found
 
 
 def _names(prompt: Prompt, where: str) -> bool:
@@ -163,11 +170,11 @@ class Edits:
         target = Places(prompt, one.destination)
         selects = one.min_nonsink_share is not None or one.min_image_mass is not None
         image = Places(prompt, one.image) if selects else None
+        everywhere = None if by_layer else Places(prompt, one.sinks)
         for layer, heads in self._layers(one.layers, one.heads):
-            where = table.get(layer, ()) if by_layer else one.sinks
-            if by_layer and not where:
+            if by_layer and not table.get(layer):
                 continue
-            sinks = Places(prompt, where)
+            sinks = everywhere or Places(prompt, table[layer])
             self._pattern.setdefault(layer, []).append((one, heads, queries, sinks, target, image))
 
     def _add_site(self, one: EditSite, prompt: Prompt) -> None:

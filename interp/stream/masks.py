@@ -12,6 +12,9 @@ from torch import Tensor
 Keys = tuple[int, int]
 """A half-open range of key positions."""
 
+UNBOUNDED = 1 << 30
+"""Farther than any key."""
+
 
 def _anywhere(first: int, last: int) -> Keys:
     return (0, sys.maxsize)
@@ -43,12 +46,14 @@ class Mask:
         full: (first query, last query) -> range of keys visible to every query in between; tiles
             inside are never masked.
         bias: added to the logits (after soft-capping), same arguments as `visible`.
+        band: (behind, ahead), where visible is exactly -behind <= key - query <= ahead.
     """
 
     visible: Callable[[Tensor, Tensor], Tensor]
     reach: Callable[[int, int], Keys] = _anywhere
     full: Callable[[int, int], Keys] = _nowhere
     bias: Optional[Callable[[Tensor, Tensor], Tensor]] = None
+    band: Optional[tuple[int, int]] = None
 
     def __call__(
         self, query: Int[Tensor, "query"], key: Int[Tensor, "key"]
@@ -73,7 +78,11 @@ class Mask:
         bias = None
         if biases:
             bias = biases[0] if len(biases) == 1 else lambda q, k: biases[0](q, k) + biases[1](q, k)
-        return Mask(visible, both(self.reach, other.reach), both(self.full, other.full), bias)
+        band = None
+        if self.band is not None and other.band is not None:
+            band = min(self.band[0], other.band[0]), min(self.band[1], other.band[1])
+        return Mask(
+            visible, both(self.reach, other.reach), both(self.full, other.full), bias, band)
 
     def __rand__(self, other: Any) -> "Mask":
         return as_mask(other) & self
@@ -142,6 +151,7 @@ def causal() -> Mask:
         lambda query, key: key <= query,
         reach=lambda first, last: (0, last + 1),
         full=lambda first, last: (0, first + 1),
+        band=(UNBOUNDED, 0),
     )
 
 
@@ -168,6 +178,7 @@ def sliding_window(window: int, bidirectional: bool = False) -> Mask:
         lambda query, key: (query - key < window) & (key - query < ahead),
         reach=lambda first, last: (first - window + 1, last + ahead),
         full=lambda first, last: (last - window + 1, first + ahead),
+        band=(window - 1, ahead - 1),
     )
 
 
@@ -179,7 +190,8 @@ def bidirectional() -> Mask:
         tensor([[True, True]])
     """
     return Mask(
-        lambda query, key: torch.ones_like(query >= key), reach=_anywhere, full=_anywhere
+        lambda query, key: torch.ones_like(query >= key), reach=_anywhere, full=_anywhere,
+        band=(UNBOUNDED, UNBOUNDED),
     )
 
 

@@ -9,6 +9,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.stream.fused import Found
 from interp.stream.reducer import Positions, Reducer, Where
 from interp.stream.tile import Tile
 
@@ -57,6 +58,16 @@ class Received(Reducer):
     def only_rows(self) -> Optional[Where]:
         """As in `Reducer`."""
         return self.subset
+
+    def fused(self) -> bool:
+        """As in `Reducer`."""
+        return True
+
+    def _take(self, found: Found) -> None:
+        chosen = None if self.subset is None else self.subset.among(found.query_positions)
+        received, count = found.received(self.normalize, self.queries == "later", chosen)
+        self._state["received"][:, :, found.columns] += received
+        self._state["count"][:, :, found.columns] += count
 
     def _add(self, tile: Tile) -> None:
         w, columns = tile.weights, tile.columns
@@ -157,6 +168,10 @@ class ValueWeighted(Received):
     ) -> None:
         self.project = project
         super().__init__(queries, subset, normalize)
+
+    def fused(self) -> bool:
+        """As in `Reducer`; a kernel has no values."""
+        return False
 
     def _weighted(self, received: Tensor, tile: Tile) -> Tensor:
         if tile.value is None:

@@ -9,6 +9,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from interp.stream.fused import Found
 from interp.stream.tile import Tile
 
 Positions = Union[slice, range, Sequence[int], np.ndarray, Tensor]
@@ -56,6 +57,18 @@ class Reducer:
     def only_rows(self) -> Optional["Where"]:
         """The only queries that this statistic looks at, None for all: others are not computed."""
         return None
+
+    def fused(self) -> bool:
+        """Whether a kernel's statistics of whole rows, handed to `take`, spare it the tiles."""
+        return False
+
+    def take(self, found: Found) -> None:
+        """Take in whole rows instead of tiles (`interp.stream.fused`)."""
+        self._increase("sighted", found, found.seen)
+        self._take(found)
+
+    def _take(self, found: Found) -> None:
+        raise NotImplementedError
 
     def register(
         self, batch: int, n_heads: int, queries: Sequence[int], n_keys: int,
@@ -133,11 +146,11 @@ class Reducer:
         self._add(tile)
 
     @staticmethod
-    def _rows(tile: Tile) -> tuple[slice, slice, Any]:
+    def _rows(tile: Union[Tile, Found]) -> tuple[slice, slice, Any]:
         """Where the tile's queries are in the state."""
         return tile.sequences, tile.heads, tile.rows
 
-    def _increase(self, entry: str, tile: Tile, values: Tensor) -> None:
+    def _increase(self, entry: str, tile: Union[Tile, Found], values: Tensor) -> None:
         """Add to the state of the tile's queries."""
         where = self._rows(tile)
         if isinstance(tile.rows, slice):

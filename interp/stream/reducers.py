@@ -14,6 +14,7 @@ import xarray as xr
 from torch import Tensor
 
 from interp.core.errors import did_you_mean
+from interp.stream.fused import Found
 from interp.stream.received import Received, ValueWeighted
 from interp.stream.reducer import Positions, Reducer, Where
 from interp.stream.tile import Tile
@@ -34,6 +35,13 @@ class Entropy(Reducer):
     name = "entropy"
     axes = {"entropy": ("query",)}
     wants_row_entropy = True
+
+    def fused(self) -> bool:
+        """As in `Reducer`."""
+        return True
+
+    def _take(self, found: Found) -> None:
+        self._increase("entropy", found, found.entropy)
 
     def _add(self, tile: Tile) -> None:
         if tile.row_entropy is not None:
@@ -68,6 +76,13 @@ class RowDeficit(Reducer):
     name = "row_deficit"
     axes = {"mass": ("query",)}
 
+    def fused(self) -> bool:
+        """As in `Reducer`."""
+        return True
+
+    def _take(self, found: Found) -> None:
+        self._increase("mass", found, found.mass)
+
     def _add(self, tile: Tile) -> None:
         self._increase("mass", tile, tile.mass)
 
@@ -99,6 +114,15 @@ class Distance(Reducer):
     def __init__(self, normalize: bool = False) -> None:
         self.normalize = normalize
         super().__init__()
+
+    def fused(self) -> bool:
+        """As in `Reducer`."""
+        return True
+
+    def _take(self, found: Found) -> None:
+        self._increase("distance", found, found.distance)
+        if self.normalize:
+            self._increase("mass", found, found.mass)
 
     def _add(self, tile: Tile) -> None:
         w, first = tile.weights, tile.columns.start
@@ -286,6 +310,14 @@ class TopKeys(Reducer):
 
     def dtype(self, entry: str) -> torch.dtype:
         return torch.int64
+
+    def fused(self) -> bool:
+        """As in `Reducer`; a kernel keeps one key of each row."""
+        return self.k == 1
+
+    def _take(self, found: Found) -> None:
+        packed = _pack(found.top_probability, found.top_key).masked_fill(~found.seen, 0)
+        self._state["top"][self._rows(found)] = packed[..., None]
 
     def _add(self, tile: Tile) -> None:
         w, key = tile.weights.flatten(0, 2), tile.key_positions

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from interp.stream import fused
 from interp.stream.masks import (
     Mask,
     as_mask,
@@ -117,9 +118,20 @@ def stream(
         )
     rule = causal() if mask is None else as_mask(mask)
     sweep = Sweep(plan, rule, scaling, softcap, sink_logits)
-    sweep.entropy = any(getattr(reducer, "wants_row_entropy", False) for reducer in reducers)
     for reducer in reducers:
         reducer.register(plan.batch, plan.heads, plan.positions, plan.keys.stop, plan.device)
+    rest = list(reducers)
+    if any(reducer.fused() for reducer in reducers):
+        whole = fused.find(plan, rule, sweep.scaling, softcap, sweep.sinks)
+        if whole is not None:
+            rest = [reducer for reducer in reducers if not reducer.fused()]
+            for reducer in reducers:
+                if reducer.fused():
+                    reducer.take(whole)
+            if not rest and not want_output:
+                return Streamed(None, whole.lse, tuple(reducers))
+            lse = whole.lse
+    sweep.entropy = any(getattr(reducer, "wants_row_entropy", False) for reducer in rest)
     output = None
     if want_output:
         output = query.new_zeros((*query.shape[:3], value.shape[-1]))  # type: ignore[union-attr]
@@ -130,8 +142,8 @@ def stream(
             where = (sequences, heads, rows)
             part = Part(block, sequences, heads, kv_heads, None if lse is None else lse[where],
                          want_output)
-            for piece in part.tiles(layer) if reducers else ():
-                for reducer in reducers:
+            for piece in part.tiles(layer) if rest else ():
+                for reducer in rest:
                     reducer.add(piece)
             found[where] = part.lse
             if output is not None:

@@ -1,5 +1,8 @@
 """Streamed equals dense, whatever the sizes, the mask, the tiles and the order they come in."""
 
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -10,7 +13,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from interp.stream import dense, plan, sweep
+from interp.stream import dense, fused, plan, sweep
 from interp.stream.masks import (
     Mask,
     bidirectional,
@@ -240,6 +243,68 @@ def test_any_tile_size_gives_the_dense_statistics(case, rows, width, keep, toget
     assert_equal(reducers, case)
     want = dense.output(case.p, case.value)
     torch.testing.assert_close(done.output, want, rtol=1e-5, atol=1e-5)
+
+
+class Plainly(fused._Work):
+    """Stands for the kernels of interp.stream.fused: the same numbers, by whole matrices."""
+
+    def logits(self) -> torch.Tensor:
+        query, key = self.query.double(), self.key.double()
+        x = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT * self.scaling
+        x = x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
+        keys = torch.tensor(self.plan.keys)
+        self.apart = keys - self.at[:, None]
+        return x.masked_fill((self.apart < -self.behind) | (self.apart > self.ahead), -torch.inf)
+
+    def rows(self) -> tuple[torch.Tensor, ...]:
+        x = self.logits()
+        top, index = x.max(-1)
+        seen = top > -torch.inf
+        x = (x - top.masked_fill(~seen, 0.0)[..., None])
+        w = x.exp()
+        sums = (w, w * x.masked_fill(w == 0, 0.0), w * self.apart.abs())
+        key = (index + self.plan.keys.start).masked_fill(~seen, -1)
+        return (top.float(), *(each.sum(-1).float() for each in sums), key.int())
+
+    def received(self, log_sum: torch.Tensor, others: bool) -> torch.Tensor:
+        p = (self.logits() - log_sum[..., None]).exp()
+        return (p.masked_fill(self.apart == 0, 0.0) if others else p).sum(-2).float()
+
+
+@contextmanager
+def kernels(kind: str) -> Iterator[None]:
+    """Let `stream` use Triton's interpreter, or matrices in the kernels' place."""
+    with patch.dict(os.environ, TRITON_INTERPRET="1"), ExitStack() as stack:
+        if kind == "matrices":
+            stack.enter_context(patch.object(fused, "_Work", Plainly))
+            stack.enter_context(patch.object(fused, "_installed", lambda: True))
+        yield
+
+
+@pytest.mark.parametrize("kind", ["matrices", pytest.param("triton", marks=pytest.mark.skipif(
+    not fused._interpreted(), reason="test_fused.py runs this with Triton's interpreter"))])
+def test_statistics_of_whole_rows_from_kernels_are_the_dense_ones(kind):
+    used = []
+
+    @settings(**LAW, max_examples=60 if kind == "matrices" else 25)
+    @given(case=cases())
+    def law(case: Case) -> None:
+        reducers = every_reducer()
+        find = fused.find
+        with kernels(kind), patch.object(
+                fused, "find", lambda *given: used.append(find(*given)) or used[-1]):
+            done = case.stream(list(reducers.values()), want_output=True)
+            alone = Entropy()
+            lse = case.stream([alone]).lse
+        assert_equal(reducers, case)
+        torch.testing.assert_close(done.output, dense.output(case.p, case.value), rtol=1e-5,
+                                   atol=1e-5)
+        torch.testing.assert_close(lse, done.lse, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(alone.finish(), reducers["entropy"].finish())
+
+    law()
+    # Kernels are for bands and ascending positions in float32; tiles do the others.
+    assert 0.1 < np.mean([one is not None for one in used]) < 0.9
 
 
 @settings(**LAW, max_examples=40)
