@@ -1,6 +1,6 @@
 """What the contenders run: one random Llama of a fixed shape, and random prompts."""
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import transformers
@@ -16,14 +16,22 @@ SHAPE: dict[str, Any] = dict(
 """8 layers, 8 heads over 4 key-value heads, width 256, 1000 tokens."""
 
 
-def llama(device: str = "cpu", implementation: str = "sdpa", **shape: Any) -> Any:
+def llama(
+    device: str = "cpu", implementation: str = "sdpa", dtype: Optional[str] = None, **shape: Any
+) -> Any:
     """A Llama with random weights, the same in every process; larger than at initialization, so
-    that attention is not uniform and what is edited matters."""
+    that attention is not uniform and what is edited matters. With `dtype` it is made in that type
+    and on the device: there may be no room for it elsewhere."""
     config = transformers.LlamaConfig(**{**SHAPE, **shape})
     config._attn_implementation = implementation
-    with torch.random.fork_rng(devices=[]):
+    before = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]), torch.device(device if dtype else "cpu"):
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(config).eval()
+        torch.set_default_dtype(getattr(torch, dtype) if dtype else before)
+        try:
+            model = transformers.LlamaForCausalLM(config).eval()
+        finally:
+            torch.set_default_dtype(before)
         for name, weight in model.named_parameters():
             if weight.ndim > 1:
                 weight.data.mul_(50.0 if "embed_tokens" in name else 3.0)

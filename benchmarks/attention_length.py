@@ -9,6 +9,7 @@ beyond with rows of the attention of a few queries, computed from the same queri
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Optional
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor
 from benchmarks._fresh import peak_memory
 from benchmarks._models import SHAPE, bridge, llama, opened, prompts, tokens
 from benchmarks._race import Contender, Race, Target, measure
+from interp.core import Prompt
 from interp.core.statistics import Estimate
+from interp.stream import fused
 
 NAME = "attention_length"
 LIMIT = 8e9
@@ -31,6 +34,12 @@ REAL = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 1
 statistics add to every weight, which does not depend on the width, counts four times as much. The
 smaller weights make logits as large as in those races."""
 WIDE = "4,096 tokens, heads of width 128"
+EIGHT_BILLION = {
+    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 1 << 17,
+    "initializer_range": 0.02 / 16**0.5, "dtype": "bfloat16"}
+"""The shape of a model of eight billion parameters, for a GPU."""
+TILES = "undertow, torch tiles"
 STATISTICS = ("received", "entropy", "distance", "top_keys")
 
 
@@ -63,23 +72,29 @@ TARGETS = (
     Target("streamed statistics to the plain forward at 16,384 tokens", at_most=1.5,
            value=_to_plain(16384)),
     Target("memory per token, 16,384 tokens to 4,096 (1: linear)", at_most=1.1, value=_growth),
+    Target("on a GPU, 32 x 32 heads: streamed statistics to the plain forward at 32,768 tokens",
+           at_most=1.5, race="32 x 32 heads, 32,768 tokens", of=OURS, to=PLAIN),
     Target("HF eager to streamed at 4,096 tokens", at_least=5.0, race=_name(4096), of=EAGER,
            to=OURS),
 )
 
 
 def prepare(
-    contender: str, length: int, device: str = "cpu", layers: int = 8, wide: bool = False
+    contender: str, length: int, device: str = "cpu", layers: int = 8, wide: bool = False,
+    shape: Optional[dict[str, Any]] = None,
 ) -> Callable[[], Any]:
     """What a contender does with one random prompt; runs in this process or in a fresh one."""
     ids = tokens(1, length, device=device)
-    shape = REAL if wide else {"num_hidden_layers": layers}
+    shape = shape or (REAL if wide else {"num_hidden_layers": layers})
     hf = llama(device, "eager" if contender == EAGER else "sdpa", **shape)
     if contender == PLAIN:
         return partial(_plain, hf, ids)
     if contender == OURS:
         model, prompt = opened(hf), prompts(ids)
         return lambda: _ours(model.run(prompt, stats=STATISTICS, logits="last").stats)
+    if contender == TILES:
+        model, prompt = opened(hf), prompts(ids)
+        return partial(_tiled, model, prompt)
     if contender == EAGER:
         return partial(_eager, hf, ids)
     return partial(_cached, bridge(hf), ids)
@@ -94,6 +109,12 @@ def _ours(stats: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: stats[name].values[0] for name in STATISTICS[:3]}
     found["top"] = stats["top_keys"].sel(rank=0, quantity="value").values[0]
     return found
+
+
+def _tiled(model: Any, prompt: list[Prompt]) -> dict[str, Any]:
+    """Without the fused kernels of a GPU."""
+    with patch.object(fused, "_fits", lambda *_: False):
+        return _ours(model.run(prompt, stats=STATISTICS, logits="last").stats)
 
 
 @torch.inference_mode()
@@ -133,10 +154,9 @@ def _relative(result: Optional[dict[str, Any]], length: int) -> Optional[dict[st
 
 
 def _contender(
-    name: str, length: int, device: str, layers: int, timed: bool, wide: bool = False
+    name: str, length: int, device: str, timed: bool = True, limit: float = LIMIT, **more: Any
 ) -> Contender:
-    arguments = {"contender": name, "length": length, "device": device, "layers": layers,
-                 "wide": wide}
+    arguments = {"contender": name, "length": length, "device": device, **more}
 
     def make() -> Callable[[], Any]:
         run = prepare(**arguments)
@@ -144,7 +164,7 @@ def _contender(
 
     return Contender(
         name, make=make, timed=timed,
-        memory=partial(peak_memory, "benchmarks.attention_length", "prepare", arguments, LIMIT))
+        memory=partial(peak_memory, "benchmarks.attention_length", "prepare", arguments, limit))
 
 
 def race(quick: bool = False, device: str = "cpu") -> list[Race]:
@@ -154,7 +174,7 @@ def race(quick: bool = False, device: str = "cpu") -> list[Race]:
     found = []
     for length, rounds in lengths.items():
         contenders = [
-            _contender(name, length, device, layers, name in (PLAIN, OURS) or length <= 4096)
+            _contender(name, length, device, name in (PLAIN, OURS) or length <= 4096, layers=layers)
             for name in (PLAIN, OURS, EAGER, BRIDGE) if length <= 8192 or name in (PLAIN, OURS)
         ]
         race = measure(
@@ -166,10 +186,25 @@ def race(quick: bool = False, device: str = "cpu") -> list[Race]:
         found.append(race)
     if not quick:
         found.append(measure(
-            WIDE, [_contender(name, 4096, device, 0, True, wide=True)
+            WIDE, [_contender(name, 4096, device, wide=True)
                    for name in (PLAIN, OURS, EAGER)], PLAIN, truth=EAGER, rounds=3, seconds=150,
             device=device, sizes={"tokens": 4096, **REAL}))
+    if device != "cpu" and not quick:
+        found += [many_heads(length, device) for length in (1 << 15, 1 << 17)]
     return found
+
+
+def many_heads(
+    length: int, device: str, shape: Optional[dict[str, Any]] = None, limit: float = 256e9
+) -> Race:
+    """32 layers of 32 heads: the plain forward, fused kernels and torch tiles, and their memory."""
+    shape = EIGHT_BILLION if shape is None else shape
+    names = (PLAIN, OURS, TILES) if length <= 1 << 15 else (PLAIN, OURS)
+    return measure(
+        f"32 x 32 heads, {length:,} tokens",
+        [_contender(name, length, device, limit=limit, shape=shape) for name in names], PLAIN,
+        truth=names[-1], rounds=3, seconds=120, tolerance=1e-4, device=device,
+        sizes={"tokens": length, **shape})
 
 
 def _baseline(device: str) -> float:

@@ -8,7 +8,7 @@ import torch
 import xarray as xr
 from typer.testing import CliRunner
 
-from benchmarks import _fresh, _report, _tables
+from benchmarks import _fresh, _report, _tables, attention_length
 from benchmarks.__main__ import app, names
 from benchmarks._race import Contender, OutOfMemory, Target, measure
 
@@ -154,3 +154,13 @@ def test_an_unknown_benchmark_is_one_sentence():
     found = CliRunner().invoke(app, ["no_such"])
     assert found.exit_code == 2 and "there is no benchmark 'no_such'" in found.output
     assert all(not name.startswith("_") for name in names())
+
+
+def test_the_race_for_a_gpu_runs_anywhere_in_a_small_shape(monkeypatch):
+    monkeypatch.setattr(attention_length, "peak_memory", lambda *_: 7.0)
+    shape = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 1000,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "dtype": "bfloat16"}
+    done = attention_length.many_heads(96, "cpu", shape, limit=4e9)
+    assert {line.failed for line in done.lines.values()} == {None}
+    assert done.lines[attention_length.OURS].difference == 0  # both in tiles where there is no GPU
+    assert done.memory(attention_length.OURS) == 7.0
