@@ -168,8 +168,8 @@ def fit_layers(
         >>> len(probes), probes[0].named_steps["logisticregression"].coef_.shape
         (3, (1, 4))
 
-    The layers are independent problems, minimized together in float64 (L-BFGS), so that each step
-    is one batched product.
+    The layers are independent problems. With more than two classes, or on a GPU, they are minimized
+    together in float64 (L-BFGS), so that each step is one batched product.
 
     Raises:
         ValueError: one class only, or values that are not numbers.
@@ -261,6 +261,10 @@ def _fit_binary(
     tolerance: SupportsFloat, device: Optional[str],
 ) -> list[list[Pipeline]]:
     """Probes [layer][target] for labels 0 and 1, `[target, sample]`."""
+    if len(y) == 1 and device in (None, "cpu"):
+        # One target has no products to share, and alone each layer stops when it is done.
+        probe = logistic(C, tol=float(tolerance)).set_params(logisticregression__max_iter=15000)
+        return [[fitted_copy(probe, x, classes[0][y[0]])] for x in X]
     mean, scale = _moments(X)
     where = torch.device(device or "cpu")
     inputs = torch.as_tensor((X - mean) / scale, device=where)
