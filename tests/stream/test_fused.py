@@ -149,24 +149,21 @@ def test_kernels_compile_to_machine_code_with_tensor_cores(capability: int) -> N
 
 @GPU
 @TRITON
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("given", [{}, {"softcap": 20.0}, {"sink_logits": torch.arange(4.0)}])
-@pytest.mark.parametrize("mask", [causal(), sliding_window(70), bidirectional()])
-def test_on_a_gpu_kernels_agree_with_tiles(
-    dtype: torch.dtype, given: dict[str, Any], mask: Mask, forgetful: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    query, key = (x.cuda() for x in vectors(700, 64, dtype))
-    more = {name: value.cuda() if isinstance(value, torch.Tensor) else value
-            for name, value in given.items()}
-    found, want = ([Received(), Entropy(), TopKeys()] for _ in range(2))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        stream(query, key, reducers=found, mask=mask, **more)
-    monkeypatch.setattr(fused, "_fits", lambda plan, mask: False)
-    stream(query, key, reducers=want, mask=mask, **more)
-    for one, two in zip(found[:2], want[:2]):
-        torch.testing.assert_close(torch.tensor(one.finish().values),
-                                   torch.tensor(two.finish().values), rtol=1e-4, atol=1e-5)
-    one, two = (each[2].finish().sel(quantity="value").values for each in (found, want))
-    torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=1e-4, atol=1e-6)
+def test_on_a_gpu_kernels_agree_with_tiles(forgetful: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fits = fused._fits
+    for dtype in (torch.bfloat16, torch.float32):
+        query, key = (x.cuda() for x in vectors(700, 64, dtype))
+        for given in ({}, {"softcap": 20.0}, {"sink_logits": torch.arange(4.0).cuda()}):
+            for mask in (causal(), sliding_window(70), bidirectional()):
+                found, want = ([Received(), Entropy(), TopKeys()] for _ in range(2))
+                monkeypatch.setattr(fused, "_fits", fits)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    stream(query, key, reducers=found, mask=mask, **given)
+                monkeypatch.setattr(fused, "_fits", lambda plan, mask: False)
+                stream(query, key, reducers=want, mask=mask, **given)
+                for one, two in zip(found, want):
+                    one, two = (torch.tensor(each.finish().values) for each in (one, two))
+                    if one.shape[-1] == 2:  # equal weights may have either key
+                        one, two = one[..., 0], two[..., 0]
+                    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
