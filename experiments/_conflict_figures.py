@@ -40,13 +40,18 @@ def signals(found: Result, top: Sequence[Head], title: str) -> Figure:
     ax.axvline(0, color=color("control"), linewidth=0.6)
     ax.scatter(memory.values.ravel(), context.values.ravel(), s=9, color=color("control"))
     named = [*top[:6], *prune.ranked(memory_context.scores(found), "memory")[:1]]
-    for head in dict.fromkeys(named):
-        x, y = (float(v.sel(layer=head.layer, head=head.head)) for v in (memory, context))
+    at = {head: [float(v.sel(layer=head.layer, head=head.head)) for v in (memory, context)]
+          for head in named}
+    for head, (x, y) in at.items():
         role = "primary" if y > x else "secondary"
         ax.scatter(x, y, s=18, color=color(role), zorder=3)
-        ax.annotate(str(head), (x, y), xytext=(3, 3), textcoords="offset points", fontsize=7)
-    ax.set_xlabel("change of the memorized answer's logit")
-    ax.set_ylabel("change of the stated answer's logit")
+        # The name goes to the side that is away from the nearest neighbor.
+        near = min((abs(u - x) + abs(v - y), u) for one, (u, v) in at.items()
+                   if one != head or len(at) == 1)[1]
+        ax.annotate(str(head), (x, y), xytext=(-4 if near > x else 4, 0), va="center",
+                    ha="right" if near > x else "left", textcoords="offset points", fontsize=7)
+    ax.set_xlabel("memorized answer, change (logits)")
+    ax.set_ylabel("stated answer, change (logits)")
     ax.margins(0.15)
     ax.set_title(title)
     note(ax, "red: memory heads, blue: context heads, gray: the others")
@@ -90,15 +95,16 @@ def transfer(
 ) -> Figure:
     """Pruning, and maps of S_m, from one set of conflicts to another."""
     figure, axes = canvas(1, 2, width=PAGE, height=max(2.3, 0.34 * len(names) + 1.5), sharey=True)
-    for ax, values, title, label in (
-        (axes[0], gain, "pruned", "gain in memory usage"),
+    for ax, values, shown, label in (
+        (axes[0], gain, "gain when pruned", "memory usage gained"),
         (axes[1], agree, "maps compared", "Spearman of $S_m$"),
     ):
         grid = xr.DataArray(values, {"found on": names, "used on": names}, ("found on", "used on"))
         heat.draw(ax, grid, label=label, limits=(-1, 1), signed=True, annotate=".2f", upward=False,
                   x="tested on (other subjects)", y="heads found on", hatched="no context head")
-        ax.set_title(title)
+        ax.set_title(shown)
     axes[1].set_ylabel("")
+    figure.get_layout_engine().set(wspace=0.06)
     figure.suptitle(title)
     return figure
 

@@ -15,18 +15,25 @@ from probes import nearest_token
 from probes.nearest_token import CLASSES, ROLES, TokenClasses
 from probes.visual_tokens import nearest_words
 
+RULES = {"anywhere": "at any place", "same place": "at the same place"}
+"""Where a token must be alike from picture to picture to be a sink or dead."""
+
+
+def _titled(name: str, rule: str) -> str:
+    return f"{name} (sinks and dead tokens: constant over pictures, {RULES[rule]})"
+
 
 def maps(
     name: str, some: Sequence[Shown], labels: Sequence[Mapping[int, str]], rule: str
 ) -> Figure:
     """The classes on the grid of some pictures."""
-    figure, axes = canvas(1, len(some), width=PAGE, height=2.7, squeeze=False)
+    figure, axes = canvas(1, len(some), width=PAGE, height=2.9, squeeze=False)
     for number, (ax, one) in enumerate(zip(axes[0], some)):
         nearest_token.draw(ax, one.asked.picture, one.image, labels[number])
         if number != len(some) // 2:
             ax.get_legend().remove()
         ax.set_title(f"picture {number}")
-    figure.suptitle(f"{name}: constant {rule}")
+    figure.suptitle(_titled(name, rule))
     return figure
 
 
@@ -35,17 +42,17 @@ def shares(name: str, kind: np.ndarray, image: np.ndarray, count: int, rule: str
     figure, ax = canvas(1, 1, width=PAGE, height=2.3)
     numbers = np.unique(image)
     base = np.zeros(len(numbers))
-    for one in CLASSES:
+    for one in [one for one in CLASSES if (kind == one).any()]:
         height = np.array([(kind[image == i] == one).mean() for i in numbers])
         ax.bar(numbers, height, 0.9, bottom=base, color=color(ROLES[one]), label=one, linewidth=0)
         base += height
     if (numbers >= count).any():
-        ax.axvspan(count - 0.5, numbers.max() + 0.5, color="#DDDDDD", zorder=0)
-        ax.text((count + numbers.max()) / 2, 1.02, "nothing", ha="center", fontsize=6, color="#666666")
-    ax.axhline(0.4, color=GRAY, linewidth=0.8, linestyle="--")
+        ax.axvline(count - 0.5, ymax=1.08, color="black", linewidth=1.2, clip_on=False)
+        ax.text(count - 0.2, 1.02, "blank pictures", fontsize=7)
+    ax.axhline(0.4, color="white", linewidth=1.2, linestyle="--")
     ax.set(xlabel="picture", ylabel="share of visual tokens", ylim=(0, 1),
            xlim=(-0.6, numbers.max() + 0.6))
-    ax.set_title(f"{name}: constant {rule}")
+    ax.set_title(_titled(name, rule), pad=14)
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
     note(ax, "dashed: sinks and dead tokens of the paper, about 40 %")
     return figure

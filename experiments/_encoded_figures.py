@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from interp.core import Result
-from interp.figures.style import PAGE, canvas, color
+from interp.figures.style import PAGE, canvas, color, note
 
 
 def scores(known: Mapping[str, Result]) -> Figure:
@@ -21,12 +21,12 @@ def scores(known: Mapping[str, Result]) -> Figure:
         at = found["layer"].values
         low, high = np.nanquantile(found["null"].values, (0.025, 0.975), axis=0)
         ax.fill_between(at, low, high, color=color("control"), alpha=0.35, linewidth=0,
-                        label="permuted labels, 95 %")
+                        label="permuted labels, 95 % of them")
         ax.plot(at, found["untrained"], ":", color=color("control"), label="untrained model")
         if "control" in found.data:
             ax.plot(at, found["control"], "--", color=color("control"),
                     label="control task (share right)")
-        ax.plot(at, found["score"], "-o", markersize=2.5, color=color("primary"), label="probe")
+        ax.plot(at, found["score"], "-o", markersize=2.5, color=color("primary"), label="probe (score as titled)")
         ax.axhline(float(found["chance"]), color=color("control"), linewidth=0.7)
         metric = "AUC" if found.manifest["metric"] == "auc" else "balanced acc."
         ax.set_title(f"{key}\n({metric}, n = {found.manifest['n_samples']})")
@@ -68,18 +68,20 @@ def selectivity(known: Mapping[str, Result], features: Sequence[Any]) -> Figure:
 
 
 def erased(ax: Any, key: str, found: Result) -> None:
-    at, clean = found["layer"].values, found["clean"].mean("prompt")
     """Change of the answer by layer: a feature erased, and the controls, of which bands hold all."""
-    for kind, look, text in (("projection", "-", "random, equal rank"),
+    at, clean = found["layer"].values, found["clean"].mean("prompt")
+    for kind, look, text in (("projection", "-s", "random, equal rank"),
                              ("permuted", "--", "permuted labels")):
         drawn = found["random"].sel(kind=kind).mean("prompt") - clean
         ax.fill_between(at, drawn.min("control"), drawn.max("control"), color=color("control"),
-                        alpha=0.25, linewidth=0)
+                        alpha=0.25, linewidth=0,
+                        label="range of these controls" if kind == "permuted" else None)
         ax.plot(at, drawn.mean("control"), look, color=color("control"),
                 label=f"{found['random'].sizes['control']} {text}")
     ax.plot(at, found["erased"].mean("prompt") - clean, "-o", color=color("primary"), label="erased")
-    ax.axhline(0, color=color("control"), linewidth=0.7)
+    ax.axhline(0, color="black", linestyle=":", linewidth=0.6)
     ax.set_title(f"{key}, rank {found.manifest['rank']}")
+    note(ax, f"means, n = {found.data.sizes['prompt']} prompts")
     ax.set_xlabel("layer whose output is changed")
     ax.set_ylabel("change of log probability (nats)")
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))

@@ -67,6 +67,12 @@ class ErrorSubject(Subject):
         given = {"groups": self.entity, "seed": self.settings.seed, **more}
         return held_out(states, self.wrong if labels is None else labels, **given)
 
+    def _auc(self, scores: np.ndarray, fold: np.ndarray, labels: Any = None) -> statistics.Estimate:
+        """An area under the ROC curve with its interval, entities resampled."""
+        known, y = np.isfinite(scores), self.wrong if labels is None else labels
+        return statistics.bootstrap(auc, scores[known], y[known], fold[known],
+                                    groups=self.entity[known], resamples=self.resamples // 3, name="AUC")
+
     def _table(self) -> None:
         self.out.table(f"answers-{self.model.name}", pd.DataFrame([{
             "question": a.question.text, "relation": a.question.relation, "gold": a.question.gold,
@@ -236,7 +242,8 @@ class StackChecks(ErrorSubject):
                               "ECE of a calibrated one": float(c["expected_error"].mean())}
                        for name, c in curves.items()})
         if self.wants("stack"):
-            bars = {"all": stack, **{f"without {s}": w for s, w in without.items()},
-                    "best single layer": best, "shuffled labels": shuffled}
-            self.figure("stack", figures.stack({n: h.auc for n, h in bars.items()}, curves,
-                                               self.model.name))
+            parts = {"all": stack, **{f"without {figures.SITES[s]}": w for s, w in without.items()},
+                     "best single layer": best, "shuffled labels": shuffled}
+            self.figure("stack", figures.stack(
+                {n: self._auc(h.scores, h.fold, h.labels) for n, h in parts.items()}, curves,
+                self.model.name))

@@ -22,11 +22,13 @@ NAMES = {"learned": "learned prompt", "fixed": "fixed prompt", "linear": "linear
          "vocabulary": "map to the vocabulary", "pairs": "counts of token pairs",
          "shuffled": "another's state", "none": "no state", "mean": "mean state"}
 DASH = {"shuffled": "--", "none": "-.", "mean": (0, (1, 1))}
+TONES = {"shuffled": color("control"), "none": "#B0B0B0", "mean": "black"}
+FURTHER = ("next token", "one after it", "two after it", "three after it")
 
 
 def precision_figure(found: Result, title: str, fed: bool = False) -> Figure:
     """Precision@1 by layer, one panel per N."""
-    figure, axes = canvas(1, STEPS, width=PAGE, height=2.6, sharey=True)
+    figure, axes = canvas(1, STEPS, width=PAGE, height=2.8, sharey=True)
     suffix = ", fed" if fed else ""
     lines = [line for line in HUES if line + suffix in found["line"].values]
     gray = ["none", "shuffled", "mean"] if fed else ["shuffled"]
@@ -37,15 +39,15 @@ def precision_figure(found: Result, title: str, fed: bool = False) -> Figure:
             ax.plot(curve["layer"], curve, "-o", markersize=3, color=HUES[line], label=NAMES[line])
         for line in gray:
             curve = means.sel(line=line + suffix, step=n).dropna("layer")
-            ax.plot(curve["layer"], curve, linestyle=DASH[line], color=color("control"),
+            ax.plot(curve["layer"], curve, linestyle=DASH[line], color=TONES[line],
                     label=NAMES[line])
         level = float(means.sel(line="pairs" + suffix, step=n).dropna("layer")[0])
         ax.axhline(level, color=color("control"), linewidth=0.7, label=NAMES["pairs"])
-        ax.set_title(f"N = {n}")
+        ax.set_title(f"N = {n}: {FURTHER[n]}")
         ax.set_ylim(-0.02, 1.02)
         _layers(ax, found)
     axes[0].set_ylabel("Precision@1")
-    axes[0].set_title(f"{title}, N = 0")
+    figure.suptitle(f"{title}: " + ("own tokens fed in between" if fed else "decoded freely"))
     figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     note(axes[-1], f"n = {found.data.sizes['sample']}")
     return figure
@@ -53,7 +55,7 @@ def precision_figure(found: Result, title: str, fed: bool = False) -> Figure:
 
 def surprisal_figure(found: Result, title: str) -> Figure:
     """Mean surprisal of what is read, by layer, one panel per N."""
-    figure, axes = canvas(1, STEPS, width=PAGE, height=2.5, sharey=True)
+    figure, axes = canvas(1, STEPS, width=PAGE, height=2.7, sharey=True)
     means = found["surprisal"].mean("sample")
     for n, ax in enumerate(axes):
         for line, hue in HUES.items():
@@ -63,12 +65,13 @@ def surprisal_figure(found: Result, title: str) -> Figure:
         ax.plot(curve["layer"], curve, "--", color=color("control"), label=NAMES["shuffled"])
         level = float(means.sel(line="pairs", step=n).dropna("layer")[0])
         ax.axhline(level, color=color("control"), linewidth=0.7, label=NAMES["pairs"])
-        ax.set_title(f"N = {n}")
+        ax.set_title(f"N = {n}: {FURTHER[n]}")
         _layers(ax, found)
     axes[0].set_ylim(0, 1.05 * max(ax.dataLim.y1 for ax in axes))
     axes[0].set_ylabel("surprisal (nats)")
-    axes[0].set_title(f"{title}, N = 0")
+    figure.suptitle(f"{title}: surprisal given the full context")
     figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    note(axes[-1], f"n = {found.data.sizes['sample']}")
     return figure
 
 

@@ -12,6 +12,15 @@ from interp.figures.style import CYCLE, PAGE, canvas, color
 
 MARKERS = ("s", "^", "x")
 
+CALLED = {
+    "secondary.measure": "secondary-sink detector", "visual.measure": "visual-sink detector",
+    "retrieval.measure": "retrieval-head detector", "image_centric.measure": "image-centric detector",
+    "memory_context.measure": "memory-context detector",
+    "flow.horizon, H_info": "horizon detector, $H_{info}$",
+    "flow.horizon, H_out": "horizon detector, $H_{out}$", "probes.sweep": "probe sweep (corrected)",
+}
+"""Detectors in words."""
+
 
 def draw_recall(
     families: Sequence[Family], rows: Mapping[str, pd.DataFrame], table: pd.DataFrame,
@@ -20,7 +29,7 @@ def draw_recall(
     """One panel per family: the detector in color, alternatives in gray, with markers of their own."""
     columns = min(3, len(families))
     lines = -(-len(families) // columns)
-    figure, axes = canvas(lines, columns, width=PAGE, height=2.35 * lines, squeeze=False)
+    figure, axes = canvas(lines, columns, width=PAGE, height=2.75 * lines, squeeze=False)
     for ax, family in zip(axes.flat, families):
         others = iter(MARKERS)
         packaged = iter((CYCLE[0], CYCLE[2]))
@@ -28,7 +37,8 @@ def draw_recall(
             mean = recalls(rows[family.key], method.name).mean(0)
             at = strengths[family.key]
             if method.detector:
-                ax.plot(at, mean, "-o", color=next(packaged), label=method.name, zorder=3)
+                ax.plot(at, mean, "-o", color=next(packaged), zorder=3,
+                        label=CALLED.get(method.name, method.name))
             else:
                 ax.plot(at, mean, linestyle="-", marker=next(others), color=color("control"),
                         linewidth=0.9, label=method.name)
@@ -41,24 +51,27 @@ def draw_recall(
             ax.axvline(line["fails_at"], color=CYCLE[0], linewidth=0.8, linestyle="--")
         ax.axhline(FAILS, color=color("control"), linewidth=0.6, linestyle=":")
         ax.set_xscale("log", base=2)
-        # Room for the legend above the curves.
-        ax.set(ylim=(-0.05, 1.12 + 0.14 * len(family.methods)), xlim=(at[0] / 2.3, at[-1] * 2.3),
-               title=family.title, xlabel=family.strength)
+        ax.set(ylim=(-0.05, 1.08), xlim=(at[0] / 2.3, at[-1] * 2.3), xlabel=family.strength)
+        ax.set_title(family.title, pad=4 + 10.5 * len(family.methods))
         ax.set_yticks(np.linspace(0, 1, 6))
         shown = list(at)[:: max(1, len(at) // 4)]
         ax.set_xticks(shown, [f"{x:g}" for x in shown])
         ax.minorticks_off()
-        ax.legend(loc="upper left", fontsize=6, framealpha=0.9)
+        ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), fontsize=6, borderpad=0.2)
     for ax in axes[:, 0]:
         ax.set_ylabel("recall")
     for ax in list(axes.flat)[len(families):]:
         ax.set_axis_off()
+    places = " to ".join(str(n) for n in dict.fromkeys((min(table["places"]), max(table["places"]))))
+    figure.supxlabel(f"dotted: recall {FAILS:g}, below which a method fails; dashed: where the first "
+                     f"detector does, with its 95 % bootstrap interval over {places} places",
+                     fontsize=7, color=color("control"))
     return figure
 
 
 HEADS = ("method", "recall", "precision", "layer\nerror", "wrong\nhead", "items of\ntwins",
          "decoys\nreported", "fails below")
-AT = (0.0, 0.33, 0.405, 0.495, 0.57, 0.645, 0.725, 0.825)
+AT = (0.0, 0.285, 0.36, 0.45, 0.525, 0.6, 0.68, 0.78)
 
 
 def draw_table(families: Sequence[Family], table: pd.DataFrame) -> Figure:
@@ -77,7 +90,7 @@ def draw_table(families: Sequence[Family], table: pd.DataFrame) -> Figure:
         y += 1
         for _, line in table[table["family"] == family.key].iterrows():
             weight = "bold" if line["kind"] == "detector" else "normal"
-            cells = [line["method"], *(_number(line[name]) for name in (
+            cells = [CALLED.get(line["method"], line["method"]), *(_number(line[name]) for name in (
                 "recall", "precision", "layer_error", "head_error", "false_in_twins",
                 "false_in_decoys")), _fails(line, family)]
             for x, text in zip(AT, cells):

@@ -7,11 +7,12 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogFormatter
 
 from experiments._output import Output
 from experiments._picture_questions import Asked
 from interp.figures import image_overlay, layer_curve
-from interp.figures.style import CYCLE, PAGE, canvas, color
+from interp.figures.style import CYCLE, PAGE, canvas, color, note
 
 
 def table(out: Output, rows: pd.DataFrame, model: str) -> None:
@@ -30,16 +31,25 @@ def table(out: Output, rows: pd.DataFrame, model: str) -> None:
             if f"{what} change" not in some:
                 continue
             some = some[some[f"{what} change"].notna()]
+            same = (some[[f"{what} low", f"{what} high"]] == 0).all(axis=1)
+            for name in some["name"][same]:
+                ax.text(0, names.index(name) + shift, "   nothing changed", va="center", fontsize=6,
+                        color=hue)
             at = np.array([names.index(n) for n in some["name"]]) + shift
             middle = some[f"{what} change"].to_numpy()
             ends = np.nan_to_num(np.abs(np.stack([
                 middle - some[f"{what} low"], some[f"{what} high"] - middle])))
             ax.errorbar(middle, at, xerr=ends, fmt="o", color=hue, label=kind, markersize=3.5,
                         elinewidth=1.0, capsize=1.5)
+        known = set(rows["name"][rows[f"{what} change"].notna()]) if f"{what} change" in rows else set()
+        for at, name in enumerate(names):
+            if name not in known:
+                ax.text(0, at, "   not measured", va="center", fontsize=6, color=color("control"))
         ax.axvline(0, color="black", linewidth=0.6)
         ax.set_xlabel(label)
         value = greedy.get(what, float("nan"))
-        ax.set_title(f"greedy: {value:.1%}" if np.isfinite(value) else "greedy: nothing named")
+        ax.set_title(f"greedy: {100 * value:.1f} %" if np.isfinite(value) else "greedy: nothing named")
+        note(ax, "bars: 95 % bootstrap intervals")
     axes[0].set_yticks(range(len(names)), names)
     axes[0].set_ylim(len(names) - 0.5, -0.5)
     handles, labels = axes[1].get_legend_handles_labels()
@@ -54,35 +64,39 @@ def maps(
 ) -> None:
     """What the methods pick out of one picture."""
     image = one.prompt.of_kind("image")[0]
-    panels: list[tuple[str, Any, dict[int, str]]] = [
-        ("attention of the last token", raw, dict.fromkeys(one.region, "needle"))]
+    panels: list[tuple[str, str, str, Any, dict[int, str]]] = [
+        ("attention of the last token", "attention", "outlined: the object asked for", raw,
+         dict.fromkeys(one.region, "needle"))]
     found = {name: plan[0].found for name, plan in plans.items()}
     if "AvisC" in found:
-        panels.append(("AvisC: blind tokens", found["AvisC"]["map"],
-                       dict.fromkeys(found["AvisC"]["kept"], "primary")))
+        panels.append(("AvisC: blind tokens", "attention", "outlined: called blind",
+                       found["AvisC"]["map"], dict.fromkeys(found["AvisC"]["kept"], "primary")))
     if "IAVA" in found:
-        panels.append(("IAVA: change of attention", found["IAVA"]["map"], {}))
+        panels.append(("IAVA: change of attention", "change of attention", "", found["IAVA"]["map"], {}))
     if towers is not None:
-        panels.append(("DAMRO: vision tower", towers[0], {}))
+        panels.append(("DAMRO: vision tower", "attention in the tower", "", towers[0], {}))
     if "GIFT" in found:
-        panels.append(("GIFT: gaze shift", found["GIFT"]["map"], {}))
+        panels.append(("GIFT: gaze shift", "gaze shift", "", found["GIFT"]["map"], {}))
     if "PAINT" in found:
         places = found["PAINT"]
         sets = {**dict.fromkeys(map(int, places["local"]), "secondary"),
                 **dict.fromkeys(map(int, places["summary"]), "primary")}
-        panels.append(("PAINT: local, summary tokens", torch.zeros(len(image)), sets))
+        panels.append(("PAINT: chosen tokens", "", "blue: local, orange: summary",
+                       torch.full((len(image),), float("nan")), sets))
     columns = 3
     rows = -(-len(panels) // columns)
     figure, axes = canvas(rows, columns, width=PAGE, height=2.35 * rows, squeeze=False)
-    for ax, (title, values, marks) in zip(axes.ravel(), panels):
-        image_overlay.draw(ax, np.asarray(one.picture), image, values.numpy(), label="", bar=False)
+    for ax, (title, label, about, values, marks) in zip(axes.ravel(), panels):
+        image_overlay.draw(ax, np.asarray(one.picture), image, values.numpy(), label=label,
+                           bar=bool(label))
         for position, role in marks.items():
             box = image.boxes[image.positions.index(position)]
             if box is not None:
                 ax.add_patch(Rectangle(box[:2], box[2] - box[0], box[3] - box[1], fill=False,
                                        edgecolor=color(role), linewidth=1.4))
         ax.set_title(title)
-        ax.set(xticks=(), yticks=(), xlabel="", ylabel="")
+        ax.set(xticks=(), yticks=(), ylabel="")
+        ax.set_xlabel(about, fontsize=7)
     for ax in axes.ravel()[len(panels):]:
         ax.set_axis_off()
     figure.suptitle(f"{model}: {one.text}")
@@ -138,11 +152,16 @@ def ranks(
             part = part[np.isfinite(part).any(1)]
             if not len(part):
                 continue
-            ax.plot(at, np.nanmean(part, 0), "-o", color=hue, label=f"{name} ({len(part)})")
+            ax.plot(at, 10 ** np.nanmean(part, 0), "-o", color=hue, label=f"{name} ({len(part)})")
             if len(part) >= 5:
-                ax.fill_between(at, *layer_curve.band(part), color=hue, alpha=0.15, linewidth=0)
+                low, high = layer_curve.band(part)
+                ax.fill_between(at, 10**low, 10**high, color=hue, alpha=0.15, linewidth=0)
+        ax.set_yscale("log")
+        for which in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+            which(LogFormatter(minor_thresholds=(2, 0.5)))
+        note(ax, "geometric mean, 95 % bootstrap band over descriptions")
     axes[0].set_xlabel("layer")
-    axes[0].set_ylabel("rank in the vocabulary (log10)")
+    axes[0].set_ylabel("rank in the vocabulary")
     axes[1].set_xticks(range(3), ["first", "middle", "last"])
     axes[1].set_xlabel("third of the description, last layer")
     handles, labels = axes[0].get_legend_handles_labels()
@@ -184,5 +203,6 @@ def mass(out: Output, found: Mapping[str, np.ndarray], model: str) -> None:
     ax.set_ylabel("attention on image tokens")
     ax.set_ylim(0, None)
     ax.legend()
+    note(ax, f"mean, 95 % bootstrap band, n = {len(values)} questions")
     ax.set_title(model)
     out.figure("mass", figure, of=model)

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from interp.core.statistics import Estimate
 from interp.figures.style import COLUMN, CYCLE, GRAY, PAGE, canvas, note
 
+MEANING = "K: share of pairs of a right and a wrong answer whose right one scores higher"
 CONTROLS = ("words alone", "embedding", "probe, shuffled labels")
 
 
@@ -35,7 +36,9 @@ def scores(found: Mapping[str, Estimate], name: str) -> Figure:
     ax.set_yticks(at, list(found))
     ax.set_xlim(0, 1.0)
     ax.set_xlabel("K (chance 0.5)")
-    ax.set_title(name)
+    ax.set_title(f"{name}: right above wrong answers")
+    note(ax, MEANING)
+    note(ax, f"95 % bootstrap, n = {max(one.n for one in found.values())} questions")
     return figure
 
 
@@ -55,6 +58,8 @@ def relations(parts: Mapping[str, Mapping[str, Estimate]], best: str, name: str)
     ax.set_ylabel("K (chance 0.5)")
     ax.set_title(name)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    note(ax, MEANING)
+    note(ax, "95 % bootstrap")
     return figure
 
 
@@ -73,10 +78,10 @@ def never(
                    label="random order" if not place else None)
     ax.set_xticks((0, 1), labels)
     ax.set_ylim(0, 1.02)
-    ax.set_ylabel("share with K* = 1")
+    ax.set_ylabel("share of questions whose right\nanswer tops every wrong one")
     ax.set_title(name)
     ax.legend()
-    note(ax, f"right answer among {samples} samples")
+    note(ax, f"sampled: right answer among {samples} samples")
     return figure
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 from experiments._decisive_questions import TASKS, Decisive
 from interp.core import Result
 from interp.figures import heat, image_overlay, layer_curve
-from interp.figures.style import CYCLE, PAGE, canvas, color, note
+from interp.figures.style import CYCLE, PAGE, canvas, color, note, some_ticks
 
 
 def tasks_of(data: Result) -> list[str]:
@@ -23,6 +24,12 @@ def of_task(data: Result, task: str) -> xr.Dataset:
     return data.data.isel(prompt=(data["task"] == task).values).drop_vars("task")
 
 
+def _symbol(name: str) -> str:
+    """H_info with its index written as one."""
+    kind, index = name.split("_")
+    return f"${kind}_{{\\mathrm{{{index}}}}}$"
+
+
 def maps(cases: Sequence[Decisive], found: Sequence[Result], words: Sequence[str]) -> Figure:
     """One map per question, windows by layers, and on the picture at three layers."""
     layers = found[0]["layer"].values.tolist()
@@ -32,8 +39,8 @@ def maps(cases: Sequence[Decisive], found: Sequence[Result], words: Sequence[str
     for row, case, one, word in zip(axes, cases, found, words):
         values = one["information"]
         reach = float(abs(values).max()) or 1.0
-        heat.draw(row[0], values.T, x="layer", y="window", label="I (probability)", signed=True,
-                  limits=(-reach, reach), upward=False)
+        heat.draw(row[0], values.T, x="layer", y="window", signed=True, upward=False,
+                  limits=(-reach, reach), label="answer's probability:\nwindow alone − none (I)")
         text = case.asked.text if len(case.asked.text) < 46 else f"{case.asked.text[:44]} ..."
         row[0].set_title(f"{text} → {word}")
         image = case.prompt.of_kind("image")[0]
@@ -47,9 +54,16 @@ def maps(cases: Sequence[Decisive], found: Sequence[Result], words: Sequence[str
                 for p in group if p in image.positions}
             # The same colors at every layer, so that it is seen to fade.
             image_overlay.draw(ax, case.asked.picture, image, scores, label="", bar=False,
-                               limits=(0, reach))
+                               limits=(-reach, reach))
+            for number, group in enumerate(one.manifest["groups"] if layer == shown[0] else ()):
+                boxes = [image.boxes[image.positions.index(p)] for p in group if p in image.positions]
+                boxes = [box for box in boxes if box is not None]
+                if boxes:
+                    left, top, right, bottom = np.mean(boxes, axis=0)
+                    ax.text((left + right) / 2, (top + bottom) / 2, str(number), ha="center",
+                            va="center", fontsize=6)
             ax.set(xlabel="", ylabel="", xticks=[], yticks=[])
-            ax.set_title(f"layer {layer}")
+            ax.set_title(f"layer {layer}" + (" (windows)" if layer == shown[0] else ""))
     return figure
 
 
@@ -64,7 +78,7 @@ def spread(data: Result, replaced: xr.DataArray, horizons: Mapping[str, Any]) ->
                      roles={"largest |I|": "image", "replaced by their mean": "control"})
     for (name, layer), line in zip(horizons.items(), (":", "-.")):
         if layer is not None:
-            right.axvline(layer, color=color("control"), linestyle=line, label=name, zorder=0)
+            right.axvline(layer, color=color("control"), linestyle=line, label=_symbol(name), zorder=0)
     right.legend()
     return figure
 
@@ -81,6 +95,7 @@ def withdrawal(data: Result, eta: float) -> Figure:
     layer_curve.draw(right, {task: one["kl"] + 1e-6 for task, one in each.items()},
                      label="KL from the full output (nats)", log=True, legend=False)
     right.axhline(eta, color=color("control"), linewidth=0.8, linestyle="--")
+    note(right, f"dashed: {eta:g}, the output's horizon")
     for ax in (left, right):
         ax.set_xlabel("layer before which the image is withdrawn")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(each))
@@ -98,13 +113,13 @@ def pruning(pruned: xr.DataArray, data: Result, kept: str) -> Figure:
     for name, line in zip(("label", "own answer", "shuffled label"), ("-o", "--s", ":^")):
         ax.plot(at, pruned.sel(chosen=name).mean("prompt"), line, label=name, alpha=0.8)
     ax.plot(layers, data["score"].mean("prompt"), "-", color="black", linewidth=0.8,
-            label=f"none kept (n = {data.data.sizes['prompt']})")
+            label=f"none kept\n(all {data.data.sizes['prompt']} questions)")
     ax.axhline(float(pruned["full"].mean()), color="black", linewidth=0.6, linestyle=":",
                label="whole image")
     ax.set(xlabel="pruning layer", ylabel="right answers (share)", ylim=(-0.03, 1.03))
     ax.set_xticks(layers[:: -(-len(layers) // 12)])
     ax.legend(title="kept by", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    note(ax, kept)
+    note(ax, f"{kept} of the {data.data.sizes['prompt']} questions (whole image too)")
     return figure
 
 
@@ -117,11 +132,17 @@ def horizons(table: pd.DataFrame, end: int) -> Figure:
         y = tasks.index(row.task) + 0.2 * (at - 1)
         ax.plot([row.low, row.high], [y, y], color=CYCLE[at], linewidth=1.4)
         ax.plot(row.layer, y, "o", color=CYCLE[at],
-                label=row.horizon if row.task == tasks[0] else None)
+                label=_symbol(row.horizon) if row.task == tasks[0] else None)
     ax.set_yticks(range(len(tasks)), tasks)
-    ax.axvline(end, color=color("control"), linewidth=0.8, linestyle=":", label="none")
+    ax.axvline(end, color=color("control"), linewidth=0.8, linestyle=":")
+    layers = range(1, end)
+    marks = [layers[i] for i in some_ticks(layers, 8)]
+    marks = [mark for mark in marks if end - mark > end / 16]
+    ax.set_xticks([*marks, end], [*map(str, marks), "none"])
     ax.set(xlabel="layer", xlim=(0.5, end + 0.3))
     ax.invert_yaxis()
+    note(ax, "lines: 95 % bootstrap intervals" + (
+        "" if table["n"].nunique() > 1 else f", n = {table['n'].iloc[0]}"))
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 

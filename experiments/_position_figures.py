@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from interp.core import Result, statistics
@@ -32,6 +33,7 @@ def distance(found: Mapping[str, Result], name: str, control: str) -> Figure:
     guess = found["random tokens"]
     likeliest = guess["mad"].mean("document") / guess["constant"].mean()
     ax.plot(likeliest["layer"], likeliest, ":", color=CYCLE[0], label="random tokens, most probable")
+    _beneath(ax)
     ax.legend(fontsize=6, loc="lower left")
     for each, other in ((ax, float(guess["uniform"].mean() / guess["constant"].mean())),
                         (paper, 341.33 / 256)):
@@ -48,27 +50,37 @@ def distance(found: Mapping[str, Result], name: str, control: str) -> Figure:
     return figure
 
 
+def _beneath(ax: Axes) -> None:
+    """Untrained models with and without encodings may coincide: the lower line is the wider one."""
+    for line in ax.lines:
+        if line.get_label() == "untrained":
+            line.set(linewidth=3.5, markersize=6.5)
+
+
 def predicted(found: Result, name: str) -> Figure:
     """Predicted against true position in the layer of least error."""
     figure, ax = canvas(1, 1, width=PAGE * 0.5, height=2.6)
     layer = int(found["layer"].values[int(found["mad"].mean("document").values.argmin())])
     position.draw(found, ax, layer)
-    ax.set_title(f"{name}, block {layer}" if layer >= 0 else f"{name}, what enters block 0")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3, fontsize=6)
+    figure.suptitle(f"{name}, block {layer}" if layer >= 0 else f"{name}, what enters block 0")
     return figure
 
 
 def cosine(alike: Mapping[str, Result], name: str) -> Figure:
     """Maps of similarity, of the deepest block common to all."""
     figure, axes = canvas(1, len(alike), width=PAGE, height=2.5, squeeze=False)
-    for ax, (key, one) in zip(axes[0], alike.items()):
-        layer = int(one["layer"].values[1])
-        values = one["cosine"].sel(layer=layer, drop=True).values.copy()
+    layer = int(next(iter(alike.values()))["layer"].values[1])
+    maps = [one["cosine"].sel(layer=layer, drop=True).values.copy() for one in alike.values()]
+    for values in maps:
+        np.fill_diagonal(values, np.nan)
+    reach = max(float(np.nanmax(np.abs(values))) for values in maps)
+    for ax, key, values in zip(axes[0], alike, maps):
         n = len(values)
-        values[np.arange(n), np.arange(n)] = np.nan
-        reach = float(np.nanmax(np.abs(values)))
         image = ax.imshow(values, cmap="RdBu_r", vmin=-reach, vmax=reach, extent=(0.5, n + 0.5, n + 0.5,
                                                                                   0.5))
-        figure.colorbar(image, ax=ax, shrink=0.75, label="cosine" if key == list(alike)[-1] else "")
+        if ax is axes[0][-1]:
+            figure.colorbar(image, ax=list(axes[0]), shrink=0.75, label="cosine")
         ax.set_title("\n".join([*key.split(", "), f"(block {layer})"]), fontsize=7)
         ax.set_xlabel("position")
         ax.set_ylabel("position" if ax is axes[0][0] else "")
@@ -81,28 +93,32 @@ def cosine(alike: Mapping[str, Result], name: str) -> Figure:
 
 def adjacency(alike: Mapping[str, Result], name: str, control: str) -> Figure:
     """APS and R2 by layer."""
-    figure, (left, right) = canvas(1, 2, width=PAGE, height=2.7)
+    figure, (left, right) = canvas(1, 2, width=PAGE, height=3.1)
     roles = {key: "control" for key in alike if key == control}
     layer_curve.draw(left, {key: one["aps"].transpose("document", "layer")
-                            for key, one in alike.items()}, label="APS", x=BLOCK, roles=roles)
+                            for key, one in alike.items()}, x=BLOCK, roles=roles, legend=False,
+                     label="nearer one more similar (share, APS)")
+    _beneath(left)
     left.axhline(0.5, color=GRAY, linewidth=0.8, linestyle="--", zorder=0)
-    left.set_title(name)
-    left.set_ylim(top=1.3)  # room for the legend
+    figure.suptitle(name)
+    left.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, fontsize=6)
+    left.set_ylim(top=1.02)
     for hue, (key, one) in zip(CYCLE, alike.items()):
         hue = GRAY if key == control else hue
         for what, dash in (("r2_cosine", "-"), ("r2_variance", ":")):
             values = one[what].mean("document")
-            right.plot(values["layer"], values, dash, color=hue, marker="o", markersize=3)
-    right.plot([], [], "-", color=color("other"), label="from similarities")
-    right.plot([], [], ":", color=color("other"), label="from the variance")
+            right.plot(values["layer"], values, dash, color=hue, marker="o", markersize=3, label=key)
+    _beneath(right)
+    kinds = [*right.plot([], [], "-", color=color("other"), label="from similarities"),
+             *right.plot([], [], ":", color=color("other"), label="from the variance")]
     right.axhline(0.0, color=GRAY, linewidth=0.8, linestyle="--", zorder=0)
-    right.set_ylim(-0.3, 1.3)
+    right.set_ylim(-0.3, 1.02)
     right.set_xlabel(BLOCK)
     right.set_ylabel("$R^2$ of the position")
     right.set_xticks(left.get_xticks())
     right.set_xlim(left.get_xlim())
     right.grid(True, axis="y")
-    right.legend()
+    right.legend(handles=kinds, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, fontsize=6)
     return figure
 
 
@@ -119,22 +135,21 @@ def objects(
         left.plot(low["layer"], low, "--", color=hue, linewidth=0.8)
         if axis in untrained:
             bare = untrained[axis]["score"]
-            left.plot(bare["layer"], bare, "-" if axis == "x" else "-.", color=GRAY)
-    left.plot([], [], "-", color=GRAY, label="untrained")
+            left.plot(bare["layer"], bare, "-" if axis == "x" else "-.", color=GRAY,
+                      label=f"untrained, {label}")
     left.plot([], [], "--", color=CYCLE[0], linewidth=0.8, label="shuffled (95 %)")
     left.set_ylabel("$R^2$ of the center")
     figure.suptitle(name)
-    for hue, key in zip(CYCLE, ("left", "above")):
+    for hue, key, label in zip(CYCLE, ("left", "above"), ("further left", "higher up")):
         one = mutual[key]
         values = one["right"].astype(float).mean("pair")
-        right.plot(values["layer"], values, "-o", color=hue, markersize=3, label=f"further {key}"
-                   if key == "left" else "higher up")
+        right.plot(values["layer"], values, "-o", color=hue, markersize=3, label=label)
         right.axhline(float(one["by_kind"].mean()), color=hue, linestyle=":", linewidth=0.9)
         if key in untrained:
             bare = untrained[key]["right"].astype(float).mean("pair")
-            right.plot(bare["layer"], bare, "-" if key == "left" else "-.", color=GRAY)
+            right.plot(bare["layer"], bare, "-" if key == "left" else "-.", color=GRAY,
+                       label=f"untrained, {label}")
     right.plot([], [], ":", color=CYCLE[0], linewidth=0.9, label="kinds alone")
-    right.plot([], [], "-", color=GRAY, label="untrained")
     right.axhline(0.5, color=GRAY, linestyle="--", linewidth=0.8)
     right.set_ylabel("accuracy on pairs")
     right.set_ylim(0.4, 1.02)

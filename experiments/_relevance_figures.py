@@ -66,7 +66,7 @@ class Figures:
             ax.bar(places, values, color=[hue if k else "#D9D9D9" for k in keep])
             ax.set_title(f"{name}, after layer {self.model.n_layers - 1}")
             ax.set_ylabel("relevance")
-        axes[3].bar(places, np.nan_to_num(blank), color=GRAY)
+        axes[3].bar(places, np.nan_to_num(blank), color=[GRAY if k else "#D9D9D9" for k in keep])
         axes[3].set_title("change when the token is blanked")
         axes[3].set_ylabel("|change|")
         axes[3].set_xticks(places, words, rotation=60, ha="right", rotation_mode="anchor")
@@ -80,11 +80,17 @@ class Figures:
         if not self.out.wants("correlation"):
             return
         figure, axes = canvas(2, 2, width=PAGE, height=5.0, sharex=True, sharey=True)
+        constant = False
         for ax, (target, name) in zip(axes.flat, TARGETS.items()):
             curves = {}
             for kind in (*KINDS, "uniform"):
                 values = xr.DataArray(rho[kind, target], dims=("prompt", "layer"), coords={
                     "layer": np.arange(self.model.n_layers)})
+                if kind == "uniform":
+                    # Equal for all tokens, it has no correlation; `saliency.correlations` says 0.
+                    equal = (values == 0).all("prompt")
+                    constant = constant or bool(equal.any())
+                    values = values.where(~equal)
                 values = values.dropna("layer", how="all").dropna("prompt")
                 if values.size:
                     curves[NAMES[kind]] = values
@@ -100,6 +106,8 @@ class Figures:
             ax.set_xlabel("")
         for ax in axes[:, 1]:
             ax.set_ylabel("")
+        if constant:
+            note(axes[1, 0], "uniform attention is not drawn where it is the same for all tokens")
         lines, labels = max((ax.get_legend_handles_labels() for ax in axes.flat),
                             key=lambda both: len(both[1]))
         if lines:
@@ -130,23 +138,24 @@ class Figures:
         if not len(known):
             self.out.no_figure("agreement", "saliency is the same for every token", of=self.of)
             return
-        head_grid.draw(left, known.mean(0), label="Spearman correlation", signed=True)
+        head_grid.draw(left, known.mean(0), label="correlation with gradient × input",
+                       signed=True)
         left.set_title(f"{self.of}: heads")
-        bars = {f"layer {i}": means["layers"][:, i] for i in some_layers(self.model.n_layers)}
-        bars |= {"all heads": means["all"], "best head,\nother half": means["best head"]}
+        # From below, as the layers of the grid.
+        bars = {"best head,\nother half": means["best head"], "all heads": means["all"]}
+        bars |= {f"layer {i}": means["layers"][:, i] for i in some_layers(self.model.n_layers)}
         at = np.arange(len(bars))
         values = [np.nanmean(v) for v in bars.values()]
-        right.barh(at, values, color=[BLUE] * (len(bars) - 2) + [VERMILION, GRAY])
+        right.barh(at, values, color=[GRAY, VERMILION] + [BLUE] * (len(bars) - 2))
         for i, one in enumerate(bars.values()):
             known = one[np.isfinite(one)]
             low, high = layer_curve.band(known[:, None])
             right.plot([low[0], high[0]], [i, i], color="black", linewidth=0.9)
         right.axvline(0, color="black", linewidth=0.7)
         right.set_yticks(at, list(bars))
-        right.invert_yaxis()
-        right.set_xlabel("Spearman correlation")
+        right.set_xlabel("Spearman correlation with gradient × input")
         right.set_title("means over heads")
-        note(right, f"95 % bootstrap band, n = {len(self.task)}")
+        note(right, f"95 % bootstrap interval, n = {len(self.task)}")
         self.out.figure("agreement", figure, of=self.of)
 
     def saliency(self, one: Relevance) -> None:
@@ -155,7 +164,7 @@ class Figures:
         figure, ax = canvas(1, 1, width=PAGE, height=2.4)
         words = self._words(0)
         rows = one.reads["saliency"].values[0][:, : len(words)]
-        heat.draw(ax, rows, x="", y="layer", label="|A dL/dA|", limits=(0, 1))
+        heat.draw(ax, rows, x="", y="layer", label="|A dL/dA|, row of length one", limits=(0, 1))
         ax.set_xticks(np.arange(len(words)), words, rotation=60, ha="right", rotation_mode="anchor")
         for tick in ax.get_xticklabels():
             tick.set_parse_math(False)
@@ -167,25 +176,30 @@ class Figures:
             return
         figure, ax = canvas(1, 1, width=5.0, height=3.2)
         least, most = 1e-5, 1.2
+        effects = np.concatenate([points[name].ravel() for name in ("effect", "whole")])
+        top = 1.5 * max(1.0, float(np.nanmax(effects)))
         under, over = saliency.UNDERSTATED_MASS, saliency.OVERSTATED_MASS
-        ax.fill_between([least, under], saliency.UNDERSTATED_EFFECT, 10, color=ORANGE, alpha=0.18,
+        ax.fill_between([least, under], saliency.UNDERSTATED_EFFECT, top, color=ORANGE, alpha=0.18,
                         linewidth=0)
-        ax.fill_between([over, most], 1e-5, saliency.OVERSTATED_EFFECT, color=PURPLE, alpha=0.18,
+        ax.fill_between([over, most], least, saliency.OVERSTATED_EFFECT, color=PURPLE, alpha=0.18,
                         linewidth=0)
+        ax.text(1.3 * least, 1.2 * saliency.UNDERSTATED_EFFECT, "attention understates use", fontsize=6)
+        ax.text(over, 1.1 * saliency.OVERSTATED_EFFECT, "overstates", fontsize=6)
         marks: tuple[tuple[str, str, str, str, Any], ...] = (
             ("mass", "effect", ".", "one layer, the predicting row", BLUE),
             ("mean", "whole", "s", "all layers, all rows", VERMILION))
         for mass, effect, mark, label, hue in marks:
             x, y = points[mass].ravel(), points[effect].ravel()
             known = np.isfinite(x) & np.isfinite(y)
-            ax.plot(np.clip(x[known], least, most), np.clip(y[known], 1e-5, 10), mark, color=hue,
+            ax.plot(np.clip(x[known], least, most), np.clip(y[known], least, None), mark, color=hue,
                     markersize=3 if mark == "." else 2.6, alpha=0.45, markeredgewidth=0, label=label)
         ax.set_xscale("log")
         ax.set_yscale("log")
-        ax.set_xlim(least, most)
-        ax.set_ylim(1e-5, 10)
+        ax.set_xlim(0.8 * least, most)
+        ax.set_ylim(0.8 * least, top)
         ax.set_xlabel("attention on the token (mean over heads)")
         ax.set_ylabel("relative change when it is knocked out")
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2)
+        note(ax, "what is smaller than 1e-5, or negative, is drawn at 1e-5")
         ax.set_title(self.of)
         self.out.figure("flags", figure, of=self.of)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import xarray as xr
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from interp.core import Result
@@ -14,44 +15,54 @@ from interp.figures import heat
 from interp.figures.style import COLUMN, CYCLE, GRAY, PAGE, canvas, note
 
 CONTROLS = ("shuffled", "untrained", "words alone")
+SITES = {"resid_post": "block outputs", "attn_out": "attention outputs", "mlp_out": "MLP outputs"}
 
 
 def heat_map(found: Result, name: str) -> Figure:
-    """AUC per layer and token; cells above the permuted maximum carry a ring."""
+    """AUC per layer and token, colored around chance; cells above the permuted maximum carry a ring."""
     score = found["score"].transpose("layer", "position")
     figure, ax = canvas(1, 1, width=COLUMN * 1.25, height=2.9)
     shown = xr.DataArray(score.values, dims=("layer", "token"),
                          coords={"layer": score.layer.values, "token": score.position.values})
-    heat.draw(ax, shown, label="ROC-AUC (chance 0.5)", y="layer", x="",
-              limits=(min(0.5, float(score.min())), 1.0))
+    reach = max(0.1, float(np.nanmax(np.abs(score.values - 0.5))))
+    heat.draw(ax, shown, label="ROC-AUC (white: chance, 0.5)", y="layer", x="", signed=True,
+              limits=(0.5 - reach, 0.5 + reach))
     ax.set_xticks(range(score.sizes["position"]), [
         str(p).replace(" ", "\n") for p in score.position.values])
     row, column = np.nonzero((found["p"].transpose("layer", "position") < 0.05).values)
     ax.plot(column, row, "o", color="white", markeredgecolor="black", markersize=3)
     ax.set_title(f"{name}: errors told by probes")
-    note(ax, "dots: p < 0.05, corrected for all cells")
+    note(ax, f"{'dots:' if len(row) else 'no cell has'} p < 0.05, corrected for all cells; "
+             f"n = {found.manifest['n_samples']} answers")
     return figure
 
 
 def methods(found: Mapping[str, Estimate], name: str) -> Figure:
-    """One bar per method with its interval, controls in gray."""
-    labels = list(found)
-    figure, ax = canvas(1, 1, width=PAGE * 0.75, height=0.6 + 0.2 * len(labels))
-    at = np.arange(len(labels))[::-1]
-    values = np.array([found[n].value for n in labels])
-    edges = np.array([found[n].interval for n in labels])
-    control = [any(word in n for word in CONTROLS) for n in labels]
-    colors = [GRAY if c else CYCLE[1] if n.startswith("log") else CYCLE[0]
-              for n, c in zip(labels, control)]
-    ax.barh(at, values - 0.5, left=0.5, color=colors, height=0.7)
-    ax.errorbar(values, at, xerr=np.abs(edges.T - values), fmt="none", ecolor="black", elinewidth=0.8,
-                capsize=1.5)
+    """One dot per method with its interval, controls in gray."""
+    figure, ax = canvas(1, 1, width=PAGE * 0.75, height=0.6 + 0.2 * len(found))
+    _dots(ax, found, [GRAY if any(word in n for word in CONTROLS) else
+                      CYCLE[1] if n.startswith("log") else CYCLE[0] for n in found])
+    ax.set_title(name)
+    note(ax, _intervals(found))
+    return figure
+
+
+def _intervals(found: Mapping[str, Estimate]) -> str:
+    return f"95 % intervals, n = {' or '.join(map(str, sorted({e.n for e in found.values()})))} entities"
+
+
+def _dots(ax: Axes, found: Mapping[str, Estimate], colors: Sequence[str]) -> None:
+    """One row per AUC: the estimate and its interval, chance dotted."""
+    values = np.array([one.value for one in found.values()])
+    edges = np.array([one.interval for one in found.values()])
+    for at, (value, ends, hue) in enumerate(zip(values, edges, colors)):
+        ax.plot(ends, [at, at], color=hue)
+        ax.plot(value, at, "o", color=hue)
     ax.axvline(0.5, color=GRAY, linestyle=":", linewidth=0.8)
-    ax.set_yticks(at, labels)
+    ax.set_yticks(range(len(found)), list(found))
+    ax.invert_yaxis()
     ax.set_xlim(min(0.35, np.nanmin([values.min(), np.nanmin(edges)]) - 0.02), 1.0)
     ax.set_xlabel("ROC-AUC of error detection (chance 0.5)")
-    ax.set_title(name)
-    return figure
 
 
 def transfer(matrix: np.ndarray, names: Sequence[str], name: str) -> Figure:
@@ -88,18 +99,13 @@ def choice(accuracy: pd.DataFrame, name: str, each: int) -> Figure:
     return figure
 
 
-def stack(bars: Mapping[str, float], curves: Mapping[str, Any], name: str) -> Figure:
+def stack(found: Mapping[str, Estimate], curves: Mapping[str, Any], name: str) -> Figure:
     """Parts of the stack, and reliability of two confidences."""
-    figure, (left, right) = canvas(1, 2, width=PAGE, height=2.4)
-    at = np.arange(len(bars))[::-1]
-    colors = [GRAY if "shuffled" in n else CYCLE[1] if "single" in n else CYCLE[0] for n in bars]
-    left.barh(at, np.array(list(bars.values())) - 0.5, left=0.5, color=colors)
-    left.axvline(0.5, color=GRAY, linestyle=":", linewidth=0.8)
-    left.set_yticks(at, list(bars))
-    lowest = min(0.5, *bars.values())
-    left.set_xlim(lowest - 0.05 * (1 - lowest), 1.0)
-    left.set_xlabel("ROC-AUC of error detection (chance 0.5)")
+    figure, (left, right) = canvas(1, 2, width=PAGE, height=2.5)
+    _dots(left, found, [GRAY if "shuffled" in n else CYCLE[1] if "single" in n else CYCLE[0]
+                        for n in found])
     left.set_title(f"{name}: last token of the answer")
+    note(left, f"{_intervals(found)}; single layer: chosen within training")
     right.plot([0, 1], [0, 1], ":", color=GRAY)
     for number, (label, curve) in enumerate(curves.items()):
         right.plot(curve["confidence"], curve["accuracy"], "-o", markersize=3, color=CYCLE[number],

@@ -19,7 +19,7 @@ from experiments._paper import Paper, Settings
 from experiments._texts import code, knows, natural, prose
 from interp.core import Claim, Prompt, Result, statistics
 from interp.figures import heat, layer_curve
-from interp.figures.style import PAGE, canvas, color
+from interp.figures.style import PAGE, canvas, color, note
 from interp.organisms import backcopy, reader
 from interp.organisms.train import train
 from interp.sinks import active_dormant
@@ -308,10 +308,12 @@ def _components(
     share = found["peak"] / found["baseline"]
     figure, ax = canvas(1, 1)
     curves = {name: share.sel(component=name) for name in ("MLP", "attention")}
-    layer_curve.draw(ax, curves, label="residual peak / untouched peak", x="block zeroed",
+    layer_curve.draw(ax, curves, x="block zeroed",
+                     label="peak / untouched peak\n(peak: norm of token 0 − mean of the others)",
                      roles={"MLP": "primary", "attention": "control"})
     ax.axhline(active_dormant.NEEDED_BELOW, color=color("control"), linewidth=0.8, linestyle=":")
     ax.set_title(f"{model.name}: peak leaving block {found.manifest['read_layer']}")
+    note(ax, f"dotted: needed below {active_dormant.NEEDED_BELOW:g}")
     out.figure("components", figure, of=model.name)
     if resting.value < AT_REST:
         out.claim(Claim.untestable(sentence, SOURCE, _no_rest(model, resting)), model.name)
@@ -355,7 +357,8 @@ def _domains(model: Any, domains: dict[str, list[Prompt]], out: Output) -> None:
     out.save(f"domains-{model.name}", found)
     a, b = found.manifest["domains"]
     figure, ax = canvas(1, 1)
-    heat.draw(ax, found["difference"], label="difference of rest on token 0", signed=True)
+    heat.draw(ax, found["difference"], label="difference of attention on token 0",
+              signed=True, annotate=".2f" if found["difference"].size <= 64 else "")
     ax.set_title(f"{model.name}\n{a}\nminus {b}", fontsize="small")
     out.figure("domains", figure, of=model.name)
     sentence = DOMAINS
@@ -393,7 +396,8 @@ def _draw(model: Any, found: Result, out: Output, prompt: Prompt) -> None:
                   label="attention", limits=(0, 1), bar=layer == shown[-1])
         ax.set_title(f"{model.name}, layer {layer}")
     out.figure("attention", figure, of=model.name)
-    figure, axes = canvas(1, 3, width=PAGE)
+    figure, axes = canvas(1, 3, width=PAGE, height=2.3)
+    figure.suptitle(model.name)
     many = found.data.sizes["layer"] > 1
     for ax, quantity in zip(axes, ("value", "peak")):
         if many:
@@ -410,21 +414,23 @@ def _draw(model: Any, found: Result, out: Output, prompt: Prompt) -> None:
                      color=color(role), label=name)
     axes[2].set_xlabel("logit gap of token 0 (nats)")
     axes[2].set_ylabel("density")
-    axes[2].margins(y=0.25)
-    axes[2].legend(loc="upper left")
+    # Both groups in one row above the bars, none of which it hides.
+    axes[2].legend(loc="lower left", bbox_to_anchor=(-0.05, 0.98), ncols=2, borderpad=0)
+    note(axes[2], f"queries of the last layer, heads averaged, prompts: {gap.shape[0]}")
     out.figure("norms", figure, of=model.name)
 
 
 def _bars(ax: Any, found: Result, quantity: str) -> None:
     """A one-layer model has no curve over layers: first token against the others, as bars."""
     name, label = {"value": ("value_norm", "norm of the value"),
-                   "peak": ("peak", "residual norm")}[quantity]
+                   "peak": ("peak", "residual norm after the block")}[quantity]
     norms = found[name].isel(layer=0)
     norms = norms.mean("kv_head") if "kv_head" in norms.dims else norms
     parts = [norms.isel(position=0).values, norms.isel(position=slice(1, None)).mean("position")]
     ax.bar(["first token", "others"], [np.mean(p) for p in parts],
            yerr=[np.std(p) for p in parts], color=[color("primary"), color("control")])
     ax.set_ylabel(label)
+    note(ax, f"mean ± standard deviation over {len(parts[0])} prompts")
 
 
 # -- training from scratch ----------------------------------------------------------------------
@@ -489,7 +495,7 @@ SINK = "layer_0_first_token_attention_non_trigger"
 
 def _draw_dynamics(data: xr.Dataset, out: Output) -> None:
     figure, axes = canvas(1, 4, width=PAGE, height=2.0)
-    panels = (("copy", "copy risk (nats)"), (SINK, "rest on token 0"),
+    panels = (("copy", "copy risk (nats)"), (SINK, "attention on token 0"),
               ("layer_0_value_norm_ratio", "value norm ratio"),
               ("bigram_excess", "bigram excess (nats)"))
     for ax, (key, label) in zip(axes, panels):

@@ -137,7 +137,9 @@ class _One:
                               squeeze=False)
         for ax, (name, found) in zip(axes[0], self.found.items()):
             all_for_one.draw(found, ax)
-            ax.axvline(int(found["wait"]), color=color("control"), linewidth=0.8)
+            wait = int(found["wait"])
+            ax.axvline(wait, color=color("control"), linewidth=0.8, label=f"longest wait: layer {wait}")
+            ax.legend()
             ax.set_title(name)
         figure.suptitle(self.model.name)
         self.out.figure("waiting", figure, of=self.model.name)
@@ -163,15 +165,17 @@ class _One:
         figure, ax = canvas(1, 1, height=2.6)
         alone = faithfulness(inside["without"].values, full)
         layers = inside["layer"].values.astype(int).tolist()
-        ax.bar(range(len(layers)), alone, color=CYCLE[0], width=0.6)
+        bars = [ax.bar(range(len(layers)), alone, color=CYCLE[0], width=0.6)]
         whole = [faithfulness(graph.without_reading(layers)[0], full),
                  np.mean([faithfulness(graph.without_reading(one)[0], full)
                           for one in self._others(layers)] or [np.nan])]
-        ax.bar(len(layers) + 0.5, whole[0], color=CYCLE[1], width=0.6)
-        ax.bar(len(layers) + 1.5, whole[1], color=color("control"), width=0.6)
+        bars += [ax.bar(len(layers) + 0.5, whole[0], color=CYCLE[1], width=0.6),
+                 ax.bar(len(layers) + 1.5, whole[1], color=color("control"), width=0.6)]
+        for one in bars:
+            ax.bar_label(one, fmt="%.2f", fontsize=6.5)
         ax.set_xticks([*range(len(layers)), len(layers) + 0.5, len(layers) + 1.5],
                       [*map(str, layers), "whole\nmodel,\nthese", "whole\nmodel,\nothers"])
-        ax.set_ylim(0, 1.05)
+        ax.set_ylim(0, 1.1)
         ax.set_xlabel("layer without reading")
         ax.set_ylabel("faithfulness (share)")
         ax.set_title(f"{self.model.name}: {name}")
@@ -180,8 +184,10 @@ class _One:
         judged = inside["judged"].values & full
         curve = inside["pruned"].values[:, judged].mean(1)
         ax.plot(inside["removed"], curve, "-o", color=CYCLE[0])
-        ax.axhline(self.found[name].manifest["threshold"], color=color("control"), linestyle=":",
-                   linewidth=0.8)
+        threshold = self.found[name].manifest["threshold"]
+        ax.axhline(threshold, color=color("control"), linestyle=":", linewidth=0.8,
+                   label=f"threshold {threshold:g}")
+        ax.legend(loc="lower left")
         ax.set_ylim(-0.03, 1.05)
         ax.set_xlabel(f"heads removed of {len(curve) - 1} in layers "
                       f"{layers[0]} to {layers[-1]}" if len(layers) else "heads removed")

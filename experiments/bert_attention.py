@@ -11,6 +11,8 @@ from typing import Any, Optional
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm
+from matplotlib.patches import Patch
 
 from experiments import _passages, _sink_subjects
 from experiments._output import Output
@@ -28,7 +30,7 @@ PAPER = Paper(
     "Which heads look at fixed offsets, at delimiters, or everywhere, and is that a no-op?",
     figures={
         "examples": "Attention of four heads on the beginning of one text; the stronger the line, "
-        "the larger the weight (figure 1 of the paper).",
+        "the larger the weight; full color at the median of the rows' largest (figure 1 of the paper).",
         "behavior": "Mean attention of every head (dots) and layer (lines): at offsets -1, 0 and 1, "
         "on delimiters, and from separators against from other tokens (figure 2). Dotted: uniform.",
         "gradient": "Mean size of the derivative of the loss by attention weights, per group of "
@@ -36,9 +38,9 @@ PAPER = Paper(
         "entropy": "Entropy of the rows, all queries and the start token's alone (figure 4). Dotted: "
         "uniform attention.",
         "knockout": "Added loss when a group of tokens is hidden from all others in the later layers "
-        "(color), against as many tokens of no group (gray).",
-        "clusters": "Jensen-Shannon divergences between heads in the plane (figure 6): by behavior, "
-        "by layer.",
+        "(color), against as many tokens of no group (gray), with 95 % bootstrap intervals.",
+        "clusters": "Jensen-Shannon divergences between heads, scaled to the plane (figure 6): by "
+        "behavior, by layer.",
     },
     models=("all-minilm-l6-v2", "reader"),
 )
@@ -383,8 +385,8 @@ def _no_op(one: Subject, found: Any, settings: Settings, out: Output) -> None:
         for name, band in zip([line.get_label() for line in ax.lines], ax.collections):
             if name in LABELS:
                 band.set_color(LABELS[name])
-        ax.legend()
-        ax.set_ylim(0, None)
+        ax.set_ylim(0, 1.4 * ax.get_ylim()[1])  # room for the legend
+        ax.legend(loc="upper right", ncols=2)
         ax.set_title(f"{model.name}, {one.aim.kind} loss")
         out.figure("gradient", figure, of=model.name)
     drops = {}
@@ -443,11 +445,16 @@ def _knockout_figure(
             low, high = made.interval
             if np.isfinite(low):
                 ax.plot([i + shift] * 2, [low, high], color="black", linewidth=0.9)
+            ax.annotate(f"{round(made.value, 3) + 0.0:.3f}", (i + shift, np.nanmax([high, made.value, 0])), (0, 2),
+                        textcoords="offset points", ha="center", fontsize=6)
     ax.axhline(0, color="black", linewidth=0.7)
     ax.set_xticks(range(len(drops)), [NAMES[g] for g in drops])
     ax.set_ylabel(f"added {kind} loss (nats)")
     ax.set_title(f"{one.model.name}, layers {later[0]} to {later[-1]}")
-    note(ax, "mean, 95 % bootstrap interval")
+    ax.set_ylim(None, 1.55 * ax.get_ylim()[1])  # room for the legend
+    looks = {**{f"{NAMES[g]} hidden": LABELS[g] for g in drops}, "as many others hidden": GRAY}
+    ax.legend(handles=[Patch(color=hue, label=name) for name, hue in looks.items()])
+    note(ax, f"mean, 95 % bootstrap interval, n = {len(next(iter(drops.values()))[0])}")
     return figure
 
 
@@ -503,11 +510,15 @@ def _clusters(one: Subject, labels: np.ndarray, settings: Settings, out: Output)
     left.legend(title="behavior")
     left.set_title(f"{model.name}: by behavior")
     layer = np.repeat(np.arange(model.n_layers), model.n_heads)
-    shown = right.scatter(*points.T, c=layer, cmap="viridis", s=14)
+    steps = BoundaryNorm(np.arange(model.n_layers + 1) - 0.5, 256)
+    shown = right.scatter(*points.T, c=layer, cmap="viridis", norm=steps, s=14)
     figure.colorbar(shown, ax=right, label="layer", ticks=np.unique(layer)[:: max(
-        1, model.n_layers // 8)])
+        1, model.n_layers // 8)]).minorticks_off()
     right.set_title("by layer")
+    note(right, "multidimensional scaling of mean divergences (nats)")
     for ax in (left, right):
+        ax.set_xlabel("first coordinate")
+        ax.set_ylabel("second coordinate")
         ax.set_xticks([])
         ax.set_yticks([])
         ax.set_aspect("equal", "datalim")
@@ -538,12 +549,13 @@ def _examples(one: Subject, found: Any, out: Output, words: int = 18) -> None:
     names = prompt.tokens or [
         model.tokenizer.convert_ids_to_tokens([i])[0] if model.tokenizer is not None else str(i)
         for i in prompt.ids]
-    figure, axes = canvas(1, len(best), width=PAGE, height=0.17 * words + 0.5, squeeze=False)
+    figure, axes = canvas(1, len(best), width=PAGE, height=0.17 * words + 0.9, squeeze=False)
     for ax, (behavior, head) in zip(axes[0], best.items()):
         rows = maps.sel(layer=head.layer).isel(head=head.head).values[:words, :words]
+        full = float(np.median(rows.max(1)))
         for query, key in zip(*np.nonzero(rows > 0.01)):
             ax.plot([0, 1], [query, key], color=LABELS[behavior], linewidth=1.1,
-                    alpha=float(np.clip(rows[query, key], 0, 1)))
+                    alpha=float(np.clip(rows[query, key] / full, 0, 1)))
         for i in range(words):
             for x, side in ((-0.04, "right"), (1.04, "left")):
                 ax.text(x, i, str(names[i])[:11], ha=side, va="center", fontsize=5.5,
@@ -551,5 +563,6 @@ def _examples(one: Subject, found: Any, out: Output, words: int = 18) -> None:
         ax.set_xlim(-0.75, 1.75)
         ax.set_ylim(words - 0.4, -0.8)
         ax.axis("off")
-        ax.set_title(f"{head}: {behavior}", loc="center")
+        ax.set_title(f"{head}: {behavior}\nfull color: {full:.2f}", loc="center")
+    figure.suptitle(f"{model.name}: attention from each token (left) to tokens (right)")
     out.figure("examples", figure, of=model.name)

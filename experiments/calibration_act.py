@@ -19,7 +19,7 @@ from interp.causal.metrics import AnswerAccuracy, AnswerLogProb
 from interp.causal.sweep import evaluate
 from interp.core import Claim, Head, OutOfRange, PromptError, Result, statistics
 from interp.figures import head_grid, heat
-from interp.figures.style import BLUE, GRAY, PAGE, SKY, VERMILION, canvas
+from interp.figures.style import BLUE, GRAY, PAGE, SKY, VERMILION, canvas, note
 from interp.sinks import calibration
 
 PAPER = Paper(
@@ -32,7 +32,8 @@ PAPER = Paper(
         "hidden sinks, larger where they are so in more heads and prompts.",
         "counts": "Hidden sinks per head and prompt, per layer, by two rules; with late keys, whose "
         "few queries make false sinks, and without.",
-        "heads": "Change of the answer's log probability when one head is calibrated.",
+        "heads": "Change of the answer's log probability when one head is calibrated; outlined: the heads "
+        "chosen for the test.",
     },
     models=("reader", "backcopy-1l"),
     long=True,
@@ -155,7 +156,7 @@ def _maps(model: Any, prompts: list, found: Result, out: Output) -> None:
     if len(layers) > 4:
         layers = [int(x) for x in np.linspace(0, model.n_layers - 1, 4)]
     figure, axes = canvas(1, len(layers), width=PAGE if len(layers) > 1 else 3.5,
-                          height=2.2 if len(layers) > 1 else None)
+                          height=2.6 if len(layers) > 1 else None)
     run = model.run(prompts, read=[f"pattern.{layer}" for layer in layers], logits="none")
     for ax, layer in zip(np.atleast_1d(axes), layers):
         mean = run.reads[f"pattern.{layer}"].mean(("prompt", "head")).isel(layer=0)
@@ -170,7 +171,10 @@ def _maps(model: Any, prompts: list, found: Result, out: Output) -> None:
         ax.set_xticks([0, size // 2, size - 1], ["0", str(size // 2), str(size - 1)])
         ax.set_ylim(size - 0.5, -0.5)
         ax.set_title(f"layer {layer}")
-    figure.suptitle(f"{model.name}: mean attention (colors from 0 to .3)")
+    figure.suptitle(f"{model.name}: mean of heads and prompts")
+    figure.colorbar(np.atleast_1d(axes)[-1].images[0], ax=axes, label="attention (share)", extend="max")
+    figure.text(0.5, -0.01, f"▼ hidden sink, larger where in more heads and prompts; n = {len(prompts)} prompts",
+                ha="center", va="top", fontsize=6, color=GRAY)
     out.figure("maps", figure, of=model.name)
 
 
@@ -178,19 +182,20 @@ def _counts(model: Any, found: Result, length: int, out: Output) -> None:
     figure, ax = canvas(1, 1)
     looks = {("relative", "early"): (BLUE, "above 5/N, first half"),
              ("relative", "all"): (GRAY, "above 5/N, all keys"),
-             ("fixed", "early"): (VERMILION, "above .1, first half"),
-             ("fixed", "all"): (SKY, "above .1, all keys")}
+             ("fixed", "early"): (VERMILION, "above 0.1, first half"),
+             ("fixed", "all"): (SKY, "above 0.1, all keys")}
     layers = np.arange(model.n_layers)
     for i, ((rule, where), (hue, label)) in enumerate(looks.items()):
         values = found["count"].sel(rule=rule, range=where).mean(("prompt", "head"))
         if model.n_layers <= 8:
-            ax.bar(layers + 0.2 * (i - 1.5), values, 0.18, color=hue, label=label)
+            bars = ax.bar(layers + 0.2 * (i - 1.5), values, 0.18, color=hue, label=label)
+            ax.bar_label(bars, fmt="%.2g", fontsize=5, rotation=90, padding=2)
         else:
             ax.plot(layers, values, color=hue, label=label, marker=".")
     ax.set_xticks(layers if model.n_layers <= 12 else layers[:: max(1, model.n_layers // 8)])
     ax.set_xlabel("layer")
     ax.set_ylabel("hidden sinks per head and prompt")
-    ax.set_ylim(0, 1.5 * ax.get_ylim()[1])
+    ax.set_ylim(0, 1.7 * ax.get_ylim()[1])
     ax.legend()
     ax.set_title(f"{model.name}, {length} tokens")
     out.figure("counts", figure, of=model.name)
@@ -236,6 +241,8 @@ def _accuracy(model: Any, settings: Settings, out: Output) -> None:
     head_grid.draw(ax, change, label="change of log probability (nats)", mark=chosen,
                    hatched="not tried", signed=True)
     ax.set_title(f"{model.name}, {len(search)} items")
+    if chosen:
+        note(ax, "outlined: chosen for the test")
     out.figure("heads", figure, of=model.name)
     _held_out(model, test, chosen, tried, gain, settings, out)
 

@@ -18,7 +18,7 @@ from experiments._output import Output
 from experiments._paper import Paper, Settings
 from interp.core import Claim, ModelRefused, Prompt, PromptError, Result, statistics
 from interp.figures import layer_curve
-from interp.figures.style import PAGE, canvas, color
+from interp.figures.style import PAGE, canvas, color, note
 from interp.flow import causal_mask, nope_adjacency
 from interp.models.model import Model
 from interp.organisms import reader
@@ -149,9 +149,15 @@ def _draw_parameter_free(scores: Mapping[float, Any], rows: np.ndarray, out: Out
             ax.set_title(f"layer {row + 1}, mean cosine {alpha:g}")
     out.figure("recursion", figure)
     figure, ax = canvas(1, 1, width=PAGE * 0.55, height=2.4)
-    layer_curve.draw(ax, {f"mean cosine {alpha:g}": rows[i] for i, alpha in enumerate(ALPHAS)},
-                     label="share of rows that never fall")
+    # Curves that coincide are one curve with all of its names.
+    alike: dict[tuple[float, ...], list[str]] = {}
+    for alpha, row in zip(ALPHAS, rows):
+        alike.setdefault(tuple(row), []).append(f"{alpha:g}")
+    layer_curve.draw(ax, {f"mean cosine {', '.join(names)}": np.array(row)
+                          for row, names in alike.items()}, label="share of rows that never fall")
     ax.set_ylim(0, 1.05)
+    ax.legend(loc="lower left")
+    ax.set_title(f"attention without parameters, {N} positions")
     out.figure("rows", figure)
 
 
@@ -307,33 +313,42 @@ class _One:
             causal_mask.draw(found, ax, layer)
             ax.set_title(f"layer {layer}")
             ax.set_ylabel("query" if layer == layers[0] else "")
+            if layer != layers[-1]:
+                ax.figure.axes[-1].set_ylabel("")
         figure.suptitle(name)
         self.out.figure("residual", figure, of=name)
 
         figure, axes = canvas(1, 2, width=PAGE, height=2.4)
         roles = {k: "control" for k in scores if "mask" in k}
         for ax, what, label in zip(axes, ("non_relative", "repeated"),
-                                   ("NR (R2 on the key's position)", "repeated share")):
+                                   ("R² on the key's position (NR)", "share repeated in other prompts")):
             layer_curve.draw(ax, {k: v[what] for k, v in scores.items()}, label=label, roles=roles,
-                             legend=what == "repeated")
+                             legend=False)
             ax.axhline(0, color=color("control"), linewidth=0.6)
         null = found["null"].quantile(0.95, "sample")
         axes[0].plot(null["layer"], null, ":", color=color("control"))
+        note(axes[0], "dotted: key positions permuted, 95 % quantile")
+        note(axes[1], "estimated between different prompts: may be below 0")
+        figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center",
+                      ncols=len(scores))
         figure.suptitle(name)
         self.out.figure("repeated", figure, of=name)
 
         shown = {k: v for k, v in states.items()}
         figure, axes = canvas(1, len(shown), width=PAGE * len(shown) / 3, height=2.4, squeeze=False)
+        depth = {key: int(min(2, one["layer"].values[-1])) for key, one in shown.items()}
+        least = min(float(one["cosine"].sel(layer=depth[key]).min()) for key, one in shown.items())
         for ax, (key, one) in zip(axes[0], shown.items()):
-            layer = int(min(2, one["layer"].values[-1]))
-            nope_adjacency.draw(one, ax, layer)
+            layer = depth[key]
+            nope_adjacency.draw(one, ax, layer, limits=(least, 1.0), bar=ax is axes[0, -1])
             _few_ticks(ax, one.data.sizes["key"])
             ax.set_title(f"{key.replace(', no positions', '')} (layer {layer})")
         figure.suptitle(name)
         self.out.figure("cosine", figure, of=name)
 
         figure, ax = canvas(1, 1, width=PAGE * 0.6, height=2.5)
-        layer_curve.draw(ax, {k: v["adjacency"] for k, v in states.items()}, label="AP",
+        layer_curve.draw(ax, {k: v["adjacency"] for k, v in states.items()}, 
+                         label="adjacency probability (0.5: chance)",
                          x="layer (entering)", roles={k: "control" for k in states if "mask" in k})
         ax.axhline(0.5, color=color("control"), linewidth=0.6)
         ax.set_title(name)

@@ -18,7 +18,7 @@ from experiments._output import Output
 from experiments._paper import Paper, Settings, opened
 from experiments._subject import Subject
 from interp.core import ModelRefused, PromptError, Result, statistics
-from interp.figures.style import PAGE, canvas, color
+from interp.figures.style import PAGE, canvas, color, note
 from probes import amnesic, controls, erasure, linear, mdl, nulls, sweep
 from probes.folds import folds_of, targets
 from probes.quick import held_out
@@ -225,6 +225,11 @@ class _Probed(Subject):
 
     # -- description length ----------------------------------------------------------------------
 
+    def figure(self, name: str, figure: Any) -> None:
+        """A figure that names the model."""
+        figure.suptitle(self.model.name)
+        super().figure(name, figure)
+
     def _compression(self) -> None:
         # The last of the features with a control task: what is asked about, or where a token is.
         chosen = [f for f in self.tasks.features if f.types is not None and "share_right" in
@@ -259,16 +264,18 @@ class _Probed(Subject):
                 "the samples"), control=f"{name}, in the same orders", **more)
         if self.wants("compression"):
             figure, ax = canvas(width=PAGE / 2, height=2.6)
-            for name, one in made.items():
-                look = {"labels": ("primary", "-"), "control task": ("control", "--"),
-                        "untrained model": ("control", ":")}[name]
-                ax.errorbar(layers, one.mean("order"), yerr=one.std("order"), fmt=f"o{look[1]}",
-                            color=color(look[0]), label=name, capsize=2)
+            for i, (name, one) in enumerate(made.items()):
+                look = {"labels": ("primary", "o-"), "control task": ("control", "s--"),
+                        "untrained model": ("control", "^:")}[name]
+                shift = 0.02 * (layers[-1] - layers[0]) * (i - 1)  # beside each other where they agree
+                ax.errorbar(np.array(layers) + shift, one.mean("order"), yerr=one.std("order"),
+                            fmt=look[1], color=color(look[0]), label=name, capsize=2)
             ax.axhline(1, color=color("control"), linewidth=0.8)
             ax.set_xticks(layers, [_layer(x) for x in layers])
             ax.set_xlabel("layer")
             ax.set_ylabel(f"compression of the labels\n({feature.key})")
             ax.legend()
+            note(ax, f"mean ± standard deviation of {ORDERS} orders of the samples")
             self.figure("compression", figure)
 
     # -- the causal arm --------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from interp.causal.metrics import AnswerAccuracy, TextLoss
 from interp.causal.sweep import evaluate
 from interp.core import Claim, Head, OutOfRange, PromptError, Result, SiteRefused, statistics
 from interp.figures import head_grid
-from interp.figures.style import BLACK, BLUE, CYCLE, GREEN, PAGE, SKY, canvas, color
+from interp.figures.style import BLACK, BLUE, CYCLE, GREEN, PAGE, SKY, canvas, color, note
 from interp.heads import contextual, focus_directions, query_focused
 
 PAPER = Paper(
@@ -137,6 +137,7 @@ def _scores(model: Any, asked: list, settings: Settings, out: Output) -> Result:
     marked = looking(found)
     figure, ax = canvas(1, 1)
     contextual.draw(found, ax, mark=marked if len(marked) <= 64 else ())
+    note(ax, f"mean of {len(asked)} prompts; outlined: above 0.1 and twice another document's")
     ax.set_title(f"{model.name}, {asked[0].count} documents, {len(asked[0].prompt)} tokens")
     out.figure("heads", figure, of=model.name)
 
@@ -305,7 +306,10 @@ def _draw_sweep(
         label = labels.get(name, name.replace("focus", "focus directions, strength"))
         ax.plot(*zip(*points), marker="o", color=hues[name], label=label,
                 linestyle="-" if name in labels else "--")
-    ax.axhline(table["baseline", 0].mean(), color=BLACK, linestyle=":", label="unchanged")
+    base = statistics.rate(int(table["baseline", 0].sum()), len(alone))
+    ax.axhline(base.value, color=BLACK, linestyle=":", label="unchanged")
+    ax.axhspan(*base.interval, color=BLACK, alpha=0.08, linewidth=0, zorder=0,
+               label="its 95 % Wilson interval")
     ax.axhline(alone.mean(), color=color("needle"), linestyle=":", label="gold document alone")
     ax.set_xscale("log", base=2)
     ax.set_xticks(counts, [str(k) for k in counts])
@@ -315,6 +319,7 @@ def _draw_sweep(
     ax.set_ylim(-0.03, 1.03)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     ax.set_title(f"{model.name}, {len(alone)} prompts")
+    note(ax, f"random heads: mean of {SEEDS} draws")
     out.figure("sweep", figure, of=model.name)
 
 
@@ -389,15 +394,21 @@ def _masses(
     figure, ax = canvas(1, 1)
     for i, (name, write) in enumerate(writes.items()):
         found = contextual.measure(model, asked, answers=tasks.answers_of(asked), write=write)
-        means = [np.mean([float(found[kind].isel(layer=h.layer, head=h.head).mean())
-                          for h in top]) for kind in kinds]
-        ax.bar(np.arange(3) + 0.27 * (i - 1), means, 0.25, label=name,
-               color=(color("control"), color("primary"), CYCLE[0])[i])
+        means = [statistics.mean(np.mean([found[kind].isel(layer=h.layer, head=h.head).values
+                                          for h in top], 0)) for kind in kinds]
+        at, values = np.arange(3) + 0.27 * (i - 1), np.array([one.value for one in means])
+        ax.bar(at, values, 0.25, label=name, color=(color("control"), color("primary"), CYCLE[0])[i])
+        ax.vlines(at, *np.transpose([one.interval for one in means]), color=BLACK, linewidth=0.9)
+        for x, one in zip(at, means):
+            ax.annotate(f"{one.value:.2f}", (x, np.nanmax([one.value, *one.interval])), (0, 2),
+                        textcoords="offset points", ha="center", fontsize=6)
     ax.set_xticks(range(3), ["gold document", "other documents", "sink"])
     ax.set_ylabel("attention (share)")
     ax.legend()
     total = model.n_layers * model.n_heads
+    ax.set_ylim(0, 1.2 * ax.get_ylim()[1])  # room for the legend
     ax.set_title(f"{model.name}, top {len(top)} of {total} heads, {len(asked)} prompts")
+    note(ax, "mean, 95 % bootstrap interval over prompts")
     out.figure("masses", figure, of=model.name)
 
 
@@ -413,16 +424,20 @@ def _places(
         curves[f"focus directions in the top {k}"] = (table[name, k], CYCLE[0])
     figure, ax = canvas(1, 1)
     marks = sorted(set(place))
-    for label, (values, hue) in curves.items():
-        ax.plot(marks, [values[place == p].mean() for p in marks], marker="o", color=hue,
-                label=label)
+    for i, (label, (values, hue)) in enumerate(curves.items()):
+        at = np.array(marks) + 0.02 * asked[0].count * (i - 1)  # beside each other where they agree
+        found = [statistics.rate(int(values[place == p].sum()), int((place == p).sum())) for p in marks]
+        ax.plot(at, [one.value for one in found], marker="o", color=hue, label=label)
+        ax.vlines(at, *np.transpose([one.interval for one in found]), color=hue, linewidth=0.7)
     ax.axhline(alone.mean(), color=color("needle"), linestyle=":", label="gold document alone")
     ax.set_xticks(marks, [str(p) for p in marks])
     ax.set_xlabel(f"place of the gold document among {asked[0].count}")
     ax.set_ylabel("right answers (share)")
-    ax.set_ylim(-0.03, 1.08)
-    ax.legend()
+    ax.set_ylim(-0.03, 1.75)  # room for the legend
+    ax.set_yticks(np.linspace(0, 1, 6))
+    ax.legend(loc="upper left")
     ax.set_title(f"{model.name}, {int((place == marks[0]).sum())} prompts per place")
+    note(ax, "share and 95 % Wilson interval")
     out.figure("places", figure, of=model.name)
 
 
@@ -477,14 +492,21 @@ def _ranking(
     head_grid.draw(axes[0], scores, label="calibrated relevance",
                    mark=scores.top(count) if count <= 64 else ())
     names = list(values)
-    axes[1].barh(range(len(names)), [values[n].mean() for n in names], 0.6, color=[
+    means = [statistics.mean(values[n]) for n in names]
+    axes[1].barh(range(len(names)), [one.value for one in means], 0.6, color=[
         color("primary"), CYCLE[0], color("secondary"), color("control")])
-    axes[1].axvline(0.5, color=color("control"), linestyle=":")
+    axes[1].hlines(range(len(names)), *np.transpose([one.interval for one in means]), color=BLACK,
+                   linewidth=0.9)
+    axes[1].axvline(0.5, color=BLACK, linestyle=":", linewidth=0.8)
     axes[1].set_yticks(range(len(names)), names)
     axes[1].invert_yaxis()
     axes[1].set_xlim(0, 1.02)
     axes[1].set_xlabel("AUROC, gold against others")
     axes[0].set_title(f"{model.name}, {len(asked)} prompts")
+    axes[1].set_title("gold ranked first by sets of heads")
+    if count <= 64:
+        note(axes[0], f"outlined: top {count} by relevance")
+    note(axes[1], "mean, 95 % bootstrap interval over prompts; dotted: chance")
     out.figure("ranking", figure, of=model.name)
     _claim(out, model, "ranking", statistics.difference(values[names[0]], values["all heads"]),
            null=0.0, unit="AUROC", figure="ranking", details={

@@ -293,7 +293,7 @@ class Words(Subject):
             ax.set_ylim(0, 1.3 * float(mean.max()))
             ax.set_title(self.model.name)
             ax.legend(loc="upper left")
-            note(ax, f"{int(counts.sum())} predictions")
+            note(ax, f"number: share of the whole loss · {int(counts.sum())} predictions")
             self.figure("loss", figure)
 
     def _no_loss(self) -> Optional[str]:

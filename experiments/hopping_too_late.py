@@ -16,7 +16,7 @@ from experiments._paper import Paper, Settings
 from experiments._two_hops import Describing, TwoHops
 from interp.core import Claim, ModelRefused, PromptError, Result, statistics
 from interp.figures import layer_curve
-from interp.figures.style import PAGE, canvas, color
+from interp.figures.style import PAGE, canvas, color, note
 from interp.flow import back_patching, knockout
 from interp.models.model import Model
 from interp.organisms.hop_circuit import Hops
@@ -149,18 +149,20 @@ class _One:
         for ax, where in zip(axes, WHERE):
             back_patching.draw(found, ax, where, wrong)
             ax.set_title(f"at the {where} position" if where == "last" else "at the entity")
-        figure.suptitle(name)
+        figure.suptitle(f"{name}: failing questions repaired, by pair of blocks")
         out.figure("pairs", figure, of=name)
         figure, ax = canvas(1, 1, width=PAGE * 0.6, height=2.3)
-        bars = {"back-patches": own.mean(), "at the entity": by_place["entity"],
-                "at the last\nposition": by_place["last"], "other\nquestions": other.mean(),
+        bars = {"back-patches,\nany place": own.mean(), "only at\nthe entity": by_place["entity"],
+                "only at the\nlast position": by_place["last"], "other\nquestions": other.mean(),
                 "forward\npatches": forward.mean()}
-        hues = [color("primary")] * 3 + [color("control")] * 2
-        ax.bar(range(len(bars)), list(bars.values()), color=hues)
+        hues = [color("primary"), *[f"{color('primary')}80"] * 2, *[color("control")] * 2]
+        ax.bar_label(ax.bar(range(len(bars)), list(bars.values()), color=hues), fmt="%.2f")
         ax.set_xticks(range(len(bars)), list(bars))
-        ax.set_ylim(0, 1)
-        ax.set_ylabel("share of failing questions")
-        ax.set_title(name)
+        ax.set_ylim(0, 1.12)
+        ax.set_yticks(np.linspace(0, 1, 6))
+        ax.set_ylabel("share with a working pair")
+        ax.set_title(f"{name}: failing questions repaired")
+        note(ax, f"n = {len(own)} failing questions")
         out.figure("fixed", figure, of=name)
 
     def _fixed_pair(self, found: Result) -> None:
@@ -242,7 +244,8 @@ class _One:
         ax.set_ylabel("questions")
         ax.set_ylim(0, 1.4 * len(blocks))  # room for the legend
         ax.legend(loc="upper right")
-        ax.set_title(f"{model.name} ({len(blocks)} questions)")
+        ax.set_title(f"{model.name}: where bridge and answer are resolved")
+        note(ax, f"n = {len(blocks)} questions")
         self.out.figure("earliest", figure, of=model.name)
 
     def _projection(self) -> None:
@@ -259,9 +262,13 @@ class _One:
         layer_curve.draw(ax, {
             f"{what} in what {site} adds": share[:, j, k]
             for j, site in enumerate(("attention", "the MLP"))
-            for k, what in enumerate(("bridge", "answer"))}, label="share of questions")
-        ax.set_ylim(-0.02, 1.02)
-        ax.set_title(model.name)
+            for k, what in enumerate(("bridge", "answer"))}, label="share of questions", legend=False)
+        for line, width in zip(ax.lines, (5.5, 4.0, 2.5, 1.0)):  # equal curves lie inside each other
+            line.set(linewidth=width, marker="")
+        ax.legend(loc="upper left")
+        ax.set_ylim(-0.04, 1.6)  # room for the legend
+        ax.set_yticks(np.linspace(0, 1, 6))
+        ax.set_title(f"{model.name}: likeliest token at the last position")
         self.out.figure("projection", figure, of=model.name)
 
     def _knockout(self) -> None:
@@ -275,5 +282,5 @@ class _One:
             return
         figure, ax = canvas(1, 1, width=PAGE * 0.6, height=2.3)
         knockout.draw(found, ax)
-        ax.set_title(model.name)
+        ax.set_title(f"{model.name}: the last position cannot see the entity")
         self.out.figure("knockout", figure, of=model.name)

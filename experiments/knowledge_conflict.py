@@ -216,7 +216,7 @@ def _maps(of: _Subject, top: Sequence[Head]) -> None:
     if not of.out.wants("map"):
         return
     figure = figures.maps({name: of.heads("dev", name) for name in FORMATS}, MAIN, top,
-                          f"{of.name}, {len(of.of('dev'))} conflicts (outlined: strongest heads)")
+                          f"{of.name}, {len(of.of('dev'))} conflicts (outlined: strongest on {MAIN})")
     of.out.figure("map", figure, of=of.name)
 
 

@@ -35,8 +35,9 @@ PAPER = Paper(
         "block (-1: what enters block 0). Right: released results of the paper, 1024 positions.",
         "predicted": "Predicted against true position on random tokens, in the layer of least error.",
         "cosine": "Mean cosine of the centered states of two positions on random tokens.",
-        "adjacency": "How often a state is more similar to the nearer of two earlier ones (left; 0.5 is "
-        "chance), and how well a state's similarities and its variance tell its position (right).",
+        "adjacency": "How often a state is more similar to the nearer of two earlier ones (left: the "
+        "adjacency score APS; 0.5 is chance), and how well a state's similarities and its variance tell "
+        "its position (right).",
         "objects": "Centers of objects read from their image tokens (left), and which of two objects is "
         "further left or higher up, from both states (middle); gray: untrained, dotted: kinds alone. "
         "Right: pairs that differ in the position word only, share in which the right one is more "

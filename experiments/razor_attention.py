@@ -284,13 +284,15 @@ def _protected(model: Any, rows: Rows, found: Result, settings: Settings, out: O
                                ("needle accuracy", "divergence from whole (nats)")):
         for condition, (role, dash) in looks.items():
             y = data[name].sel(condition=condition).mean("prompt")
+            # Open rings: where two lines coincide, the lower one shows inside.
             ax.plot([100 * c / total for c in counts], y, dash, marker="o", color=color(role),
-                    label=condition)
+                    label=condition, **({"markersize": 6.5, "markerfacecolor": "none"}
+                                        if dash == "--" else {}))
         ax.set_xlabel("heads with the whole cache (%)")
         ax.set_ylabel(label)
         ax.set_ylim(min(0, -0.03 * float(data[name].max() or 1)), None)
         ax.grid(True, axis="y")
-    axes[0].legend(title="protected")
+    axes[0].legend(title="protected", handlelength=3.4)
     note(axes[1], f"n = {data.sizes['prompt']} prompts")
     figure.suptitle(model.name)
     out.figure("protected", figure, of=model.name)
@@ -316,7 +318,8 @@ def _niah(
         heat.draw(ax, array, limits=(0, 1), signed=False, x="prompt length (tokens)",
                   y="depth of the needle (%)" if number == 0 else "", label="accuracy",
                   bar=number == 2, upward=False)
-        ax.set_title(name)
+        ax.set_title(f"{name}: {values.mean():.2f}")
+    note(axes[-1], f"titles: mean; n = {each} prompts per cell")
     figure.suptitle(model.name)
     out.figure("niah", figure, of=model.name)
 

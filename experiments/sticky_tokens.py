@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from experiments import _passages
 from experiments._output import Output
@@ -34,8 +34,8 @@ PAPER = Paper(
         "scores": "Scores of the tokens that were looked at, a random sample unless all are done; the "
         "dotted line is the score that the best 2 % reach. The score of a token is how much it lowers "
         "the distance of pairs, over how much it raises it.",
-        "rates": "Share of pairs of sentences that a token brings closer (its pull rate), for sticky "
-        "tokens and for others; one dot per token.",
+        "rates": "Share of pairs of sentences that a token brings closer (its pull rate: before, after "
+        "and between the words, weighted 4 : 4 : 3); sticky tokens and others, one dot per token.",
         "attention": "Share of the attention of the other tokens that one inserted token takes, per "
         "layer; gray: ordinary tokens in the same places; dotted: an equal share.",
         "counts": "Sticky tokens of 37 models against their size (released results).",
@@ -278,8 +278,9 @@ class Sticky(Subject):
         bar = float(np.percentile(values, 98))
         ax.axvline(bar, color="black", linestyle=":", linewidth=0.9, label="best 2 % from here")
         ax.set_xlabel("score: distance lowered over raised")
-        ax.legend()
+        ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
         ax.set_ylabel("tokens")
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_title(self.model.name)
         note(ax, f"{len(values)} of {len(self.detector.usable_)} usable tokens")
         self.figure("scores", figure)
@@ -378,14 +379,11 @@ def _rates_figure(groups: dict[str, np.ndarray], name: str, pairs: int, seed: in
     rng = np.random.default_rng(seed)
     for k, (group, values) in enumerate(groups.items()):
         hue = GRAY if group in ("benign", "random") else color("primary")
-        if np.ptp(values) > 0:
-            made = ax.violinplot([values], [k], showextrema=False, side="high", widths=0.8)
-            made["bodies"][0].set_facecolor(hue)
         ax.boxplot([values], positions=[k], widths=0.12, showfliers=False,
                    medianprops={"color": "black"})
         ax.plot(k - 0.12 - 0.2 * rng.random(len(values)), values, ".", color=hue, alpha=0.5)
     ax.set_xticks(range(len(groups)), list(groups))
-    ax.set_ylabel("share of pairs brought closer")
+    ax.set_ylabel("pull rate: share of pairs brought closer")
     ax.set_title(name)
-    note(ax, f"{pairs} pairs")
+    note(ax, f"per token {pairs} pairs x 3 ways to insert (weights 4 : 4 : 3); box: quartiles")
     return figure

@@ -305,10 +305,8 @@ class Geometry(Subject):
                 n = len(content_places(self.model, self.some[0]))
                 ax.axhline(self.found.manifest["neighbors"] / (n - 1), color=GRAY, linestyle=":",
                            linewidth=0.8)
-            low, high = ax.get_ylim()
-            ax.set_ylim(low, high + 0.35 * (high - low))
-            ax.set_title(self.model.name)
-            ax.legend(ncols=2, loc="upper left")
+            ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(0.0, 1.0), fontsize=6)
+        figure.suptitle(self.model.name)
         self.figure(name, figure)
 
     def _scales(self) -> None:

@@ -191,9 +191,9 @@ class _One:
                        linestyle=":")
             ax.set_xlabel("layer from which a quarter is left")
             ax.set_ylim(0, 1.03)
-            if ax is axes[1]:
-                ax.get_legend().remove()
-        axes[0].get_legend().set_loc("lower right")
+            ax.get_legend().remove()
+        # Handles long enough for dashes to show on either side of the marker.
+        axes[1].legend(handlelength=3.4, loc="center left", bbox_to_anchor=(1.0, 0.5))
         note(axes[1], "dotted: all image tokens")
         figure.suptitle(self.model.name)
         self.out.figure("layers", figure, of=self.model.name)
@@ -208,7 +208,7 @@ class _One:
         figure, ax = canvas(1, 1, width=4.6, height=0.6 + 0.19 * len(arms))
         reach = max(0.05, float(np.nanmax(np.abs(gain))))
         heat.draw(ax, table, y="", label="accuracy minus that of random tokens", signed=True,
-                  limits=(-reach, reach), annotate="+.2f", upward=False, hatched="does not apply")
+                  limits=(-reach, reach), annotate="+z.2f", upward=False, hatched="does not apply")
         ax.set_title(self.model.name)
         self.out.figure("criteria", figure, of=self.model.name)
 
@@ -242,7 +242,8 @@ class _One:
             ax.grid(True, axis="y")
         axes[0].set_yticks(range(len(arms)), arms)
         axes[0].invert_yaxis()
-        figure.suptitle(f"{self.model.name}, kept from layer {chosen[0]} on (dashed: random tokens)")
+        figure.suptitle(f"{self.model.name}, kept from layer {chosen[0]} on (dashed: expected of random "
+                        "tokens; unknown for the rank)")
         self.out.figure("audit", figure, of=self.model.name)
 
     def _informative(self, layer: int) -> list[np.ndarray]:

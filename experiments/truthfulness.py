@@ -17,7 +17,6 @@ from experiments._output import Output
 from experiments._paper import Paper, Settings
 from experiments._subject import run_all
 from interp.core import statistics
-from interp.core.statistics import Estimate
 from interp.models.branches import Branches
 from interp.models.reinitialize import reinitialized
 from probes import knowledge
@@ -40,7 +39,8 @@ PAPER = Paper(
         "log probability of the answer, which needs no training.",
         "choice": "Accuracy when one of the sampled answers is chosen, by the kind of the question.",
         "stack": "All layers and three kinds of states together against parts of them and against the "
-        "best single layer; right: confidence against accuracy.",
+        "best single layer, which is chosen within training; 95 % intervals. Right: confidence against "
+        "accuracy.",
     },
     models=("reader",),
 )
@@ -176,13 +176,8 @@ class Truthfulness(SampleChecks, StackChecks):
     def _draw_methods(self, bars: dict[str, tuple[Any, np.ndarray]], shuffled: HeldOut) -> None:
         if not self.wants("methods"):
             return
-        found = {}
-        for name, (scores, fold) in bars.items():
-            known = np.isfinite(scores)
-            found[name] = statistics.bootstrap(
-                lambda s, y, f: auc(s, y, f), scores[known], self.wrong[known], fold[known],
-                groups=self.entity[known], resamples=self.resamples // 3, name="AUC")
-        found["probe, shuffled labels"] = Estimate(shuffled.auc, (np.nan, np.nan), len(self.rows), "AUC")
+        found = {name: self._auc(scores, fold) for name, (scores, fold) in bars.items()}
+        found["probe, shuffled labels"] = self._auc(shuffled.scores, shuffled.fold, shuffled.labels)
         self.figure("methods", figures.methods(found, self.model.name))
 
     def _untrained(self, exact: HeldOut) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 
 from experiments import _picture_questions as questions
 from experiments import _visual_flow as flow
@@ -18,7 +20,7 @@ from experiments._visual_flow import Shown
 from interp.causal.metrics import AnswerAccuracy
 from interp.core import Prompt, Result, Segment, statistics
 from interp.figures import image_overlay, layer_curve
-from interp.figures.style import PAGE, canvas, color
+from interp.figures.style import OVER_PIXELS, PAGE, canvas, color, note
 from interp.flow import knockout, object_ablation, visual_lens
 from interp.prompts import scenes
 from interp.sinks import visual
@@ -278,15 +280,20 @@ class _One(Subject):
             return
         figure, ax = canvas(1, 1, width=PAGE * 0.8, height=2.4)
         for number, role in enumerate(("image", "control")):
-            heights = [np.nanmean(pair[number]) if np.isfinite(pair[number]).any() else 0.0
+            heights = [np.nanmean(pair[number]) if np.isfinite(pair[number]).any() else np.nan
                        for pair in bars.values()]
             drawn = ax.bar(np.arange(len(bars)) + 0.4 * number - 0.2, heights, 0.4, color=color(role),
+                           yerr=_reach([pair[number] for pair in bars.values()]),
+                           error_kw={"elinewidth": 0.7},
                            label="object +1" if not number else "random tokens")
             ax.bar_label(drawn, fmt="%.2g", fontsize=6)
         ax.set_xticks(range(len(bars)), [name.replace("_", " ") for name in bars])
         ax.set_ylabel("share that becomes wrong")
         ax.set_xlabel("what replaces the tokens, or how it is asked")
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        ax.set_ylim(0, 1.08)
+        sizes = sorted({int(np.isfinite(x).sum()) for x, _ in bars.values()})
+        note(ax, f"n = {' or '.join(map(str, sizes))} right answers; 95 % bootstrap intervals")
         ax.set_title(self.model.name)
         self.figure("substitutions", figure)
 
@@ -366,16 +373,21 @@ class _One(Subject):
         one = some[0]
         p = visual_lens.probabilities(self.model, one.prompt, one.words, one.image)
         layers = sorted({round(x) for x in np.linspace(0, n, 4)})
-        figure, axes = canvas(1, len(layers), width=PAGE, height=2.3)
-        for ax, layer in zip(axes, layers):
+        figure, axes = canvas(1, 1 + len(layers), width=PAGE, height=2.2, sharey=True)
+        plain = {q: np.nan for q in one.image.positions}
+        image_overlay.draw(axes[0], one.asked.picture, one.image, plain, label="", bar=False, gray=False)
+        axes[0].set_title("picture")
+        for ax, layer in zip(axes[1:], layers):
             image_overlay.draw(ax, one.asked.picture, one.image, p[layer], label="", bar=False,
                                mark={q: "visual" for q in one.object})
             if ax.get_legend():
                 ax.get_legend().remove()
-            ax.set_xlabel("")
             ax.set_ylabel("")
-            ax.set_title(f"layer {layer}\n{p[layer].min():.2g} to {p[layer].max():.2g}")
-        figure.suptitle(f"{self.model.name}: probability of {one.name!r} (color: each map's range)")
+            ax.set_title(f"layer {layer}\n{p[layer].min():.2g} to {p[layer].max():.2g}", fontsize=7)
+        bar = figure.colorbar(ScalarMappable(Normalize(0, 1), OVER_PIXELS), ax=list(axes), shrink=0.6,
+                              ticks=[0, 1], label="probability")
+        bar.ax.set_yticklabels(["map's least", "map's most"])
+        figure.suptitle(f"{self.model.name}: probability of {one.name!r} in every image token")
         self.figure("cells", figure)
 
     # -- knockout ---------------------------------------------------------------------------------
@@ -425,9 +437,11 @@ class _One(Subject):
             values = control if not key else loss[key]
             axes[0].bar(np.arange(len(names)) + (number - 2.5) * 0.14,
                         [values[b].mean() for b in names], 0.14, label=label,
+                        yerr=_reach([values[b] for b in names]), error_kw={"elinewidth": 0.7},
                         color=color("control") if not key else None)
         axes[0].set_xticks(range(len(names)), [
-            f"{b}\n{x.start}-{x.stop - 1}" for b, x in flow.bands(self.model.n_layers).items()])
+            f"{b}\n{x.start}" + f"-{x.stop - 1}" * (len(x) > 1)
+            for b, x in flow.bands(self.model.n_layers).items()])
         axes[0].set_xlabel("window of layers")
         axes[0].set_ylabel("loss of the answer's probability")
         axes[0].set_title("cut from the last position")
@@ -436,10 +450,12 @@ class _One(Subject):
             drawn = axes[1].bar([0, 1], [row["near above"].mean(), np.mean(
                 [row[f"above {s}"] for s in range(seeds)])], color=[color("image"),
                                                                      color("control")])
-            axes[1].bar_label(drawn, fmt="%.1g", fontsize=6)
+            axes[1].bar_label(drawn, fmt="%.5f", fontsize=6)
+            note(axes[1], f"n = {len(at)}")
         axes[1].set_xticks([0, 1], ["object +1", "random"])
         axes[1].sharey(axes[0])
         axes[1].set_title("from the last row")
+        note(axes[0], f"mean, 95 % bootstrap intervals, n = {len(some)} pictures")
         figure.suptitle(self.model.name)
         self.figure("windows", figure)
 
@@ -502,11 +518,21 @@ class _One(Subject):
                              label="change of probability (%)", resamples=300, legend=False)
             ax.axhline(0, color=color("control"), linewidth=0.8)
             ax.set_title(name)
-            ax.set_xlabel(f"center of the window ({width})")
+            ax.set_xlabel(f"center layer (window of {width})")
             if ax is not axes[0]:
                 ax.set_ylabel("")
         figure.suptitle(self.model.name)
         self.figure("hops", figure)
+
+
+def _reach(samples: Sequence[np.ndarray]) -> np.ndarray:
+    """How far the bootstrap interval of every mean reaches to either side, as error bars want it."""
+    reach = np.full((2, len(samples)), np.nan)
+    for number, values in enumerate(samples):
+        if np.isfinite(values).any():
+            found = statistics.mean(values[np.isfinite(values)], resamples=1000)
+            reach[:, number] = found.value - found.interval[0], found.interval[1] - found.value
+    return np.clip(reach, 0, None)
 
 
 def _marked(one: Shown, seeds: int) -> Prompt:

@@ -18,7 +18,7 @@ from experiments._output import Output
 from experiments._paper import Paper, Settings
 from interp.core import Claim, ModelNotFound, Prompt, Result, statistics
 from interp.figures import image_overlay
-from interp.figures.style import PAGE, canvas, color, note
+from interp.figures.style import COLUMN, PAGE, canvas, color, note
 from interp.heads import image_centric
 from interp.prompts import scenes
 from interp.sinks import visual
@@ -228,9 +228,11 @@ def _one(model: Any, settings: Settings, out: Output) -> None:
     found = visual.measure(model, prompts, dims)
     out.save(f"sinks-{model.name}", found)
     _scatter(model, found, out)
-    figure, ax = canvas(1, 1)
+    figure, ax = canvas(1, 1, width=COLUMN * 1.4, height=2.5)
     visual.draw(found, ax)
     ax.set_title(model.name)
+    ax.get_legend().set_loc("center left")
+    ax.get_legend().set_bbox_to_anchor((1.0, 0.5))
     out.figure("birth", figure, of=model.name)
     sinks = [visual.sinks_by_layer(found, i, image_only=True) for i in range(len(prompts))]
     counts = np.array([len({p for places in s.values() for p in places}) for s in sinks])
@@ -405,12 +407,13 @@ def _hidden(model: Any, data: list[Case], found: Result, claim: Any, settings: S
     names = [str(c) for c in result.data["condition"].values]
     roles = [color("text"), color("visual"), color("control"), color("control")]
     for ax, key, label in ((axes[0], "correct", "accuracy (first answer token)"),
-                           (axes[1], "log_probability", "log-probability of the answer (nats)")):
+                           (axes[1], "log_probability", "log-probability\nof the answer (nats)")):
         values = [result[key].sel(condition=n).values for n in names]
         ax.bar(range(4), [v.mean() for v in values], color=roles,
                yerr=[1.96 * v.std() / np.sqrt(len(v)) for v in values])
         ax.set_xticks(range(4), ["untouched", "sinks", "random", "matched on\nattention"])
         ax.set_ylabel(label)
+    note(axes[1], f"mean, 95 % intervals (normal), n = {result.data.sizes['prompt']} pictures")
     figure.suptitle(f"{model.name}: image tokens hidden from the text")
     out.figure("hiding", figure, of=model.name)
     more = {"unit": "nats", "causal": True, "figure": "hiding", "details": {
@@ -488,6 +491,7 @@ def _places(model: Any, data: list[Case], found: Result, claim: Any, out: Output
     ax.set_ylabel("share on background")
     ax.set_ylim(0, 1)
     ax.set_title(model.name)
+    note(ax, f"mean, 95 % intervals (normal), n = {len(rows)} pictures")
     out.figure("background", figure, of=model.name)
     claim(6, statistics.difference(sink_share, share), null=0.0, figure="background", details={
         "sinks on background": float(sink_share.mean()), "background": float(share.mean())},
@@ -504,7 +508,8 @@ def _places(model: Any, data: list[Case], found: Result, claim: Any, out: Output
         if ax.get_legend() is not None:
             # The caption says what the outline means; there is no room above a question.
             ax.get_legend().remove()
-        ax.set_title(textwrap.fill(case.question.text, 28), fontsize=7)
+        ax.set_title(textwrap.fill(case.question.text.replace(" ?", "?"), 28), fontsize=7)
+    figure.suptitle(model.name)
     out.figure("overlay", figure, of=model.name)
 
 

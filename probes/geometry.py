@@ -297,7 +297,7 @@ def draw(found: Result, ax: Axes, of: str = "dimension") -> Axes:
     curves = {f"S = {int(level)}": values.sel(level=level, drop=True).isel(
         layer=slice(None, -1) if last else slice(None)) for level in values["level"].values}
     layer_curve.draw(ax, curves, label=LABELS.get(of, of.replace("_", " ")),
-                     x="layer (-1: what enters block 0)")
+                     x="layer" + " (-1: what enters block 0)" * bool((values["layer"] < 0).any()))
     return ax
 
 

@@ -284,7 +284,7 @@ def labels(found: Result) -> list[dict[int, str]]:
 
 @style()
 def draw(ax: Axes, picture: Any, segment: Segment, of: Mapping[int, str]) -> Axes:
-    """The classes of an image's tokens on the pixels they look at.
+    """The classes of an image's tokens on the pixels they look at, gray so that color means the class.
 
     Example:
         >>> from interp.figures.style import canvas
@@ -295,8 +295,10 @@ def draw(ax: Axes, picture: Any, segment: Segment, of: Mapping[int, str]) -> Axe
     """
     if not segment.boxes:
         raise ValueError(f"segment {segment.name!r} has no pixel boxes; it is not an image.")
-    pixels = np.asarray(picture)[..., :3]
-    ax.imshow(pixels, extent=(0, pixels.shape[1], pixels.shape[0], 0), interpolation="nearest")
+    pixels = np.asarray(picture)[..., :3].astype(float).mean(-1)
+    pixels = 0.2 + 0.8 * pixels / (255.0 if pixels.max(initial=0) > 1 else 1.0)
+    ax.imshow(pixels, cmap="gray", vmin=0, vmax=1, extent=(0, pixels.shape[1], pixels.shape[0], 0),
+              interpolation="nearest")
     for position, box in zip(segment.positions, segment.boxes):
         if box is not None and position in of:
             ax.add_patch(Rectangle((box[0], box[1]), box[2] - box[0], box[3] - box[1], alpha=0.45,

@@ -48,7 +48,7 @@ def draw(
             position -> number; NaN leaves the pixels bare.
         label: what the color says, with its unit.
         mark: position -> role (see `style.COLORS`): outlined, with the position written in it.
-        limits: values of the first and last color.
+        limits: values of the first and last color; around zero the colors are those of two signs.
         alpha: how much the color covers the pixels.
         gray: show the picture in gray, so that color means the score alone.
 
@@ -77,7 +77,8 @@ def draw(
     shown = [(p, b, v) for p, b, v in zip(segment.positions, segment.boxes, values)
              if b is not None and np.isfinite(v)]
     numbers = np.array([value for _, _, value in shown])
-    signed = limits is None and bool(len(numbers)) and numbers.min() < 0 < numbers.max()
+    ends = limits or ((numbers.min(), numbers.max()) if len(numbers) else (0.0, 1.0))
+    signed = bool(ends[0] < 0 < ends[1])
     patches = PatchCollection([_outline(box) for _, box, _ in shown], alpha=alpha, linewidth=0,
                               cmap=DIVERGING if signed else OVER_PIXELS)
     patches.set_array(numbers)

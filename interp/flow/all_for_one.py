@@ -399,9 +399,11 @@ def draw(found: Result, ax: Axes) -> Axes:
     full = found["full"].values.astype(bool)
     for number, name in enumerate(map(str, found["by"].values)):
         curve = faithfulness(found["waiting"].sel(by=name).values, full)
-        ax.plot(found["layer"], curve, "-o" if name == "cama" else "--", label=name.replace("_", " "),
+        ax.plot(found["layer"], curve, "-o" if name == "cama" else "--", label=LABELS.get(name, name),
                 color=CYCLE[number % len(CYCLE)], zorder=3 if name == "cama" else 2)
-    ax.axhline(found.manifest["threshold"], color=color("control"), linewidth=0.8, linestyle=":")
+    threshold = found.manifest["threshold"]
+    ax.axhline(threshold, color=color("control"), linewidth=0.8, linestyle=":",
+               label=f"threshold {threshold:g}")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("layer entered")
     ax.set_ylabel("faithfulness (share)")

@@ -369,10 +369,15 @@ def _repeated(product: np.ndarray, rows: np.ndarray) -> float:
 def draw_matrix(
     matrix: Float[np.ndarray, "query key"], ax: Axes, *, label: str = "", signed: bool = False
 ) -> Axes:
-    """A score matrix, gray where it has no value (NaN)."""
+    """A score matrix, gray where it has no value (NaN).
+
+    Of a signed one a few extreme cells do not set the colors: those end at the 99.5 % quantile.
+    """
     # Half of it is hidden by the mask: thousands of hatched cells would say no more than gray does.
     shown = np.ma.masked_invalid(matrix)
-    reach = float(np.abs(shown).max()) or 1.0
+    sizes = np.append(np.abs(shown.compressed()), 0.0)
+    reach = float(np.quantile(sizes, 0.995) or sizes.max()) or 1.0
+    beyond = signed and float(sizes.max()) > reach
     limits: dict[str, Any] = {"vmin": -reach, "vmax": reach, "cmap": DIVERGING} if signed else {
         "cmap": SEQUENTIAL}
     image = ax.imshow(shown, interpolation="nearest", aspect="auto", **limits)
@@ -382,7 +387,7 @@ def draw_matrix(
     ax.set_yticks(marks, [str(mark) for mark in marks])
     ax.set_xlabel("key")
     ax.set_ylabel("query")
-    ax.figure.colorbar(image, ax=ax, label=label, pad=0.02)
+    ax.figure.colorbar(image, ax=ax, label=label, pad=0.02, extend="both" if beyond else "neither")
     return ax
 
 
@@ -390,7 +395,7 @@ def draw(found: Result, ax: Axes, layer: SupportsIndex) -> Axes:
     """The scores of one layer less the mean of every diagonal; gray where they do not count."""
     one = found.data.sel(layer=int(layer))
     draw_matrix(one["residual"].values, ax, label="score less diagonal mean", signed=True)
-    note(ax, f"NR = {float(one['non_relative']):.2f}")
+    note(ax, f"R² on the key's position: {float(one['non_relative']):.2f}")
     return ax
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from interp.core import OutOfRange, Prompt, PromptError, Result
 from interp.core.prompt import Where
-from interp.figures.style import color, note, style
+from interp.figures import layer_curve
+from interp.figures.style import color, style
 from interp.models.last_row import replay_last
 from interp.models.model import Model
 from interp.models.resume import Resumable
@@ -228,15 +229,13 @@ def random_keys(
 
 @style()
 def draw(found: Result, ax: Axes) -> Axes:
-    """Mean relative change by the window's center, one line per set of keys."""
-    roles = {"image": "image", "question": "question"}
-    for name in map(str, found["segment"].values):
-        mean = found["relative"].sel(segment=name).mean("prompt")
-        known: dict[str, Any] = {} if name not in roles else {"color": color(roles[name])}
-        ax.plot(mean["layer"], mean, "-o", markersize=3, label=name, **known)
+    """Mean relative change and its band by the window's center, one line per set of keys."""
+    values = found["relative"].dropna("prompt", how="all")
+    curves = {str(name): values.sel(segment=name, drop=True) for name in values["segment"].values}
+    layer_curve.draw(
+        ax, curves, label="change of probability (%)", legend=False,
+        x=f"center of the window of {found.manifest['width']} layers",
+        roles={name: name for name in ("image", "question") if name in curves})
     ax.axhline(0, color=color("control"), linewidth=0.8)
-    ax.set_xlabel(f"center of the window of {found.manifest['width']} layers")
-    ax.set_ylabel("change of probability (%)")
     ax.legend()
-    note(ax, f"n = {found.data.sizes['prompt'] - found.manifest['too_improbable']} prompts")
     return ax

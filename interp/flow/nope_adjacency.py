@@ -169,8 +169,8 @@ def _rank(a: np.ndarray, b: np.ndarray) -> float:
     return abs(float(found.statistic))
 
 
-def draw(found: Result, ax: Axes, layer: SupportsIndex) -> Axes:
-    """Mean cosine similarity of the states of two positions, at one layer."""
+def draw(found: Result, ax: Axes, layer: SupportsIndex, **look: Any) -> Axes:
+    """Mean cosine similarity of the states of two positions, at one layer; `look` as in `heat.draw`."""
     heat.draw(ax, found["cosine"].sel(layer=int(layer)).drop_vars("layer"), x="position",
-              y="position", label="cosine", upward=False)
+              y="position", label="cosine", upward=False, **look)
     return ax

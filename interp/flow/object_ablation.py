@@ -20,10 +20,10 @@ from torch import Tensor
 
 from interp.causal.metrics import AnswerAccuracy, AnswerLogProb, Metric
 from interp.causal.sweep import evaluate
-from interp.core import OutOfRange, Prompt, PromptError, Result, Segment, each, patch
+from interp.core import OutOfRange, Prompt, PromptError, Result, Segment, each, patch, statistics
 from interp.core.intervention import Each
 from interp.core.prompt import Where
-from interp.figures.style import color, style
+from interp.figures.style import color, note, style
 from interp.models.input_gradients import embedding_gradient
 from interp.models.model import Model
 
@@ -373,15 +373,22 @@ def draw(found: Result, ax: Axes, metric: str = "accuracy") -> Axes:
     names = [str(name) for name in found["segment"].values]
     conditions = [str(name) for name in found["condition"].values]
     width = 0.8 / len(conditions)
+    counts = set()
     for number, condition in enumerate(conditions):
-        heights = []
-        for name in names:
+        heights, reach = [], np.full((2, len(names)), np.nan)
+        for at, name in enumerate(names):
             values = lost(found, name, condition, metric)
-            heights.append(np.nanmean(values) if np.isfinite(values).any() else np.nan)
+            values = values[np.isfinite(values)]
+            heights.append(values.mean() if len(values) else np.nan)
+            if len(values):
+                low, high = statistics.mean(values, resamples=1000).interval
+                reach[:, at] = max(0.0, heights[-1] - low), max(0.0, high - heights[-1])
+                counts.add(len(values))
         bars = ax.bar(
             np.arange(len(names)) + (number - (len(conditions) - 1) / 2) * width, heights, width,
-            color=color("image" if condition == "set" else "control"),
-            alpha=1.0 if number < 2 else 0.75 / (number - 1), label=condition)
+            color=color("image" if condition == "set" else "control"), yerr=reach,
+            error_kw={"elinewidth": 0.7}, alpha=1.0 if number < 2 else 0.75 / (number - 1),
+            label="chosen tokens" if condition == "set" else condition)
         ax.bar_label(bars, fmt="%.2g", fontsize=6)
     sizes = [float(found["count"].sel(segment=name).where(lambda x: x > 0).mean()) for name in names]
     ax.set_xticks(range(len(names)), [
@@ -391,6 +398,7 @@ def draw(found: Result, ax: Axes, metric: str = "accuracy") -> Axes:
     ax.set_ylabel("share that becomes wrong" if metric == "accuracy" else
                   f"loss of {metric.replace('_', ' ')}")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    note(ax, f"n = {' or '.join(map(str, sorted(counts)))} prompts, 95 % bootstrap intervals")
     return ax
 
 

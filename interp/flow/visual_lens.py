@@ -13,6 +13,7 @@ import torch
 import xarray as xr
 from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 from scipy import stats
 from torch import Tensor
 
@@ -138,6 +139,9 @@ def draw(found: Result, ax: Axes, what: str = "auroc") -> Axes:
         ax.set_ylabel("AUROC of the object's cells")
     else:
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
         ax.set_ylabel("probability")
     ax.set_xlabel("layer (what enters it)")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)

@@ -269,7 +269,7 @@ def draw(found: Result, ax: Axes, quantity: str = "first", prompt: int = 0) -> A
     if quantity == "gap":
         curve = found["gap"].mean(("head", "query"))
         return layer_curve.draw(ax, {"first token": curve}, label="logit gap to the others")
-    name, label = {"peak": ("peak", "residual norm, block output"),
+    name, label = {"peak": ("peak", "residual norm after the block"),
                    "value": ("value_norm", "norm of the value")}[quantity]
     norms = found[name]
     norms = norms.mean("kv_head") if "kv_head" in norms.dims else norms
