@@ -26,7 +26,8 @@ def scores(known: Mapping[str, Result]) -> Figure:
         if "control" in found.data:
             ax.plot(at, found["control"], "--", color=color("control"),
                     label="control task (share right)")
-        ax.plot(at, found["score"], "-o", markersize=2.5, color=color("primary"), label="probe (score as titled)")
+        ax.plot(at, found["score"], "-o", markersize=2.5, color=color("primary"),
+                label="probe (score as titled)")
         ax.axhline(float(found["chance"]), color=color("control"), linewidth=0.7)
         metric = "AUC" if found.manifest["metric"] == "auc" else "balanced acc."
         ax.set_title(f"{key}\n({metric}, n = {found.manifest['n_samples']})")
