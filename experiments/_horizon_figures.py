@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from experiments._decisive_questions import TASKS, Decisive
 from interp.core import Result
@@ -61,7 +62,8 @@ def maps(cases: Sequence[Decisive], found: Sequence[Result], words: Sequence[str
                 if boxes:
                     left, top, right, bottom = np.mean(boxes, axis=0)
                     ax.text((left + right) / 2, (top + bottom) / 2, str(number), ha="center",
-                            va="center", fontsize=6)
+                            va="center", fontsize=6,
+                            path_effects=[withStroke(linewidth=1.2, foreground="white")])
             ax.set(xlabel="", ylabel="", xticks=[], yticks=[])
             ax.set_title(f"layer {layer}" + (" (windows)" if layer == shown[0] else ""))
     return figure

@@ -106,12 +106,12 @@ class Figures:
             ax.set_xlabel("")
         for ax in axes[:, 1]:
             ax.set_ylabel("")
-        if constant:
-            note(axes[1, 0], "uniform attention is not drawn where it is the same for all tokens")
         lines, labels = max((ax.get_legend_handles_labels() for ax in axes.flat),
                             key=lambda both: len(both[1]))
         if lines:
-            figure.legend(lines, labels, loc="outside lower center", ncols=4)
+            figure.legend(lines, labels, loc="outside lower center", ncols=4, title=(
+                "uniform attention has no correlation, and no curve, where it is the same for all tokens"
+                if constant else None))
         figure.suptitle(self.title)
         self.out.figure("correlation", figure, of=self.of)
 
@@ -153,7 +153,7 @@ class Figures:
             right.plot([low[0], high[0]], [i, i], color="black", linewidth=0.9)
         right.axvline(0, color="black", linewidth=0.7)
         right.set_yticks(at, list(bars))
-        right.set_xlabel("Spearman correlation with gradient × input")
+        right.set_xlabel("correlation with gradient × input")
         right.set_title("means over heads")
         note(right, f"95 % bootstrap interval, n = {len(self.task)}")
         self.out.figure("agreement", figure, of=self.of)
@@ -184,7 +184,7 @@ class Figures:
         ax.fill_between([over, most], least, saliency.OVERSTATED_EFFECT, color=PURPLE, alpha=0.18,
                         linewidth=0)
         ax.text(1.3 * least, 1.2 * saliency.UNDERSTATED_EFFECT, "attention understates use", fontsize=6)
-        ax.text(over, 1.1 * saliency.OVERSTATED_EFFECT, "overstates", fontsize=6)
+        ax.text(1.05 * over, 0.9 * saliency.OVERSTATED_EFFECT, "overstates", fontsize=6, va="top")
         marks: tuple[tuple[str, str, str, str, Any], ...] = (
             ("mass", "effect", ".", "one layer, the predicting row", BLUE),
             ("mean", "whole", "s", "all layers, all rows", VERMILION))

@@ -306,10 +306,10 @@ def _components(
     found = active_dormant.intervene(model, prompts)
     out.save(f"components-{model.name}", found)
     share = found["peak"] / found["baseline"]
-    figure, ax = canvas(1, 1)
+    figure, ax = canvas(1, 1, height=3.2)
     curves = {name: share.sel(component=name) for name in ("MLP", "attention")}
     layer_curve.draw(ax, curves, x="block zeroed",
-                     label="peak / untouched peak\n(peak: norm of token 0 − mean of the others)",
+                     label="peak (norm of token 0 − mean of others)\n/ untouched peak",
                      roles={"MLP": "primary", "attention": "control"})
     ax.axhline(active_dormant.NEEDED_BELOW, color=color("control"), linewidth=0.8, linestyle=":")
     ax.set_title(f"{model.name}: peak leaving block {found.manifest['read_layer']}")

@@ -315,13 +315,15 @@ class _One:
             ax.set_ylabel("query" if layer == layers[0] else "")
             if layer != layers[-1]:
                 ax.figure.axes[-1].set_ylabel("")
-        figure.suptitle(name)
+        figure.suptitle(f"{name} (colors end at the 99.5 % quantile of a layer's cells)")
         self.out.figure("residual", figure, of=name)
 
-        figure, axes = canvas(1, 2, width=PAGE, height=2.4)
+        figure, axes = canvas(1, 2, width=PAGE, height=2.8)
         roles = {k: "control" for k in scores if "mask" in k}
-        for ax, what, label in zip(axes, ("non_relative", "repeated"),
-                                   ("R² on the key's position (NR)", "share repeated in other prompts")):
+        for ax, what, label in (
+            (axes[0], "non_relative", "R² on the key's position (NR)"),
+            (axes[1], "repeated", "share repeated\nin other prompts"),
+        ):
             layer_curve.draw(ax, {k: v[what] for k, v in scores.items()}, label=label, roles=roles,
                              legend=False)
             ax.axhline(0, color=color("control"), linewidth=0.6)
