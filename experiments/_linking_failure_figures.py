@@ -30,7 +30,8 @@ def layers(found: Result, top: Mapping[str, Any], name: str) -> Figure:
     ax.set_ylabel("ROC-AUC, unreliable answers")
     ax.set_title(name)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    note(ax, f"best: p = {top['p']:.2g}, nested {top['nested_score']:.2f}")
+    note(ax, f"ring: best, p = {top['p']:.2g}; AUC {top['nested_score']:.2f} where it is chosen within "
+             "training folds")
     return figure
 
 

@@ -431,7 +431,7 @@ class _One(Subject):
             return
         shown = {"object": "object", "near": "object +1", "wide": "object +2",
                  "rest": "all but object +1", "whole": "all image tokens"}
-        figure, axes = canvas(1, 2, width=PAGE, height=2.7, width_ratios=(3.4, 1))
+        figure, axes = canvas(1, 2, width=PAGE, height=2.9, width_ratios=(3.4, 1))
         names = list(flow.BANDS)
         for number, (key, label) in enumerate([*shown.items(), ("", "random")]):
             values = control if not key else loss[key]
@@ -445,7 +445,7 @@ class _One(Subject):
         axes[0].set_xlabel("window of layers")
         axes[0].set_ylabel("loss of the answer's probability")
         axes[0].set_title("cut from the last position")
-        axes[0].legend()
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
         if row:
             drawn = axes[1].bar([0, 1], [row["near above"].mean(), np.mean(
                 [row[f"above {s}"] for s in range(seeds)])], color=[color("image"),
