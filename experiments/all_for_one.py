@@ -133,14 +133,14 @@ class _One:
     # -- figures ------------------------------------------------------------------------------
 
     def _waiting(self) -> None:
-        figure, axes = canvas(1, len(self.found), width=PAGE * len(self.found) / 2, height=2.5,
+        figure, axes = canvas(1, len(self.found), width=PAGE * len(self.found) / 2, height=3.2,
                               squeeze=False)
         for ax, (name, found) in zip(axes[0], self.found.items()):
             all_for_one.draw(found, ax)
-            wait = int(found["wait"])
-            ax.axvline(wait, color=color("control"), linewidth=0.8, label=f"longest wait: layer {wait}")
-            ax.legend()
+            ax.get_legend().remove()
+            ax.axvline(int(found["wait"]), color=color("control"), linewidth=0.8, label="longest wait")
             ax.set_title(name)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         figure.suptitle(self.model.name)
         self.out.figure("waiting", figure, of=self.model.name)
 

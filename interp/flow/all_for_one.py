@@ -30,6 +30,7 @@ from interp.models.model import Model
 
 THRESHOLD = 0.95
 """Faithfulness that counts as unharmed: this toolkit's choice."""
+LABELS = {"cama": "CAMA (context-aware mean)", "cama_resample": "CAMA, resampled"}
 
 
 @dataclass(frozen=True)
