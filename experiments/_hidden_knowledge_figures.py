@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from interp.core.statistics import Estimate
 from interp.figures.style import COLUMN, CYCLE, GRAY, PAGE, canvas, note
 
-MEANING = "K: share of pairs of a right and a wrong answer whose right one scores higher"
+K = "K: share of pairs whose right answer\nscores above the wrong one (chance 0.5)"
 CONTROLS = ("words alone", "embedding", "probe, shuffled labels")
 
 
@@ -35,10 +35,9 @@ def scores(found: Mapping[str, Estimate], name: str) -> Figure:
     ax.axvline(0.5, color="black", linestyle=":", linewidth=0.8)
     ax.set_yticks(at, list(found))
     ax.set_xlim(0, 1.0)
-    ax.set_xlabel("K (chance 0.5)")
+    ax.set_xlabel(K)
     ax.set_title(f"{name}: right above wrong answers")
-    note(ax, MEANING)
-    note(ax, f"95 % bootstrap, n = {max(one.n for one in found.values())} questions")
+    note(ax, f"95 % bootstrap interval, n = {max(one.n for one in found.values())} questions")
     return figure
 
 
@@ -58,8 +57,7 @@ def relations(parts: Mapping[str, Mapping[str, Estimate]], best: str, name: str)
     ax.set_ylabel("K (chance 0.5)")
     ax.set_title(name)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    note(ax, MEANING)
-    note(ax, "95 % bootstrap")
+    note(ax, f"{K}\n95 % bootstrap interval over questions")
     return figure
 
 

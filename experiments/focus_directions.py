@@ -137,7 +137,7 @@ def _scores(model: Any, asked: list, settings: Settings, out: Output) -> Result:
     marked = looking(found)
     figure, ax = canvas(1, 1)
     contextual.draw(found, ax, mark=marked if len(marked) <= 64 else ())
-    note(ax, f"mean of {len(asked)} prompts; outlined: above 0.1 and twice another document's")
+    note(ax, f"mean of {len(asked)} prompts\noutlined: above 0.1 and twice another document's")
     ax.set_title(f"{model.name}, {asked[0].count} documents, {len(asked[0].prompt)} tokens")
     out.figure("heads", figure, of=model.name)
 
