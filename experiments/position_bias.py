@@ -18,7 +18,7 @@ from experiments._paper import Paper, Settings
 from interp.causal.metrics import AnswerAccuracy, AnswerLogProb
 from interp.core import Claim, ModelRefused, Prompt, PromptError, Result, statistics
 from interp.figures import layer_curve
-from interp.figures.style import PAGE, canvas, color
+from interp.figures.style import PAGE, canvas, color, note
 from interp.flow import attention_basin, position_bias, positional_channel
 from interp.models.model import Model
 from interp.organisms.twins import positions_off
@@ -160,8 +160,12 @@ class _One:
                              known[:: -(-len(known) // 6)])
         by_slot = np.array([self.log_p[[o.place == s for o in asked]] for s in
                             range(asked[0].count)]).T
-        layer_curve.draw(axes[1], {"gold document": by_slot}, along="slot",
-                         label="log p(answer) (nats per token)")
+        few = len(by_slot) < statistics.FEWEST  # too few for a band: show them
+        layer_curve.draw(axes[1], {"gold document": by_slot.mean(0) if few else by_slot},
+                         along="slot", label="log p(answer) (nats per token)")
+        if few:
+            axes[1].plot(by_slot.T, ".", color=color("control"))
+            note(axes[1], f"line: mean of {len(by_slot)} prompts per slot (dots)")
         for ax in axes:
             ax.xaxis.get_major_locator().set_params(integer=True)
         figure.suptitle(model.name)
@@ -229,6 +233,7 @@ class _One:
         ax.set_ylabel("log p(answer) (nats per token)")
         ax.set_xlim(-0.5, len(log_p) - 0.5)
         ax.set_title(model.name)
+        note(ax, f"mean, 95 % bootstrap interval, n = {len(next(iter(log_p.values())))} prompts")
         out.figure("ranking", figure, of=model.name)
 
     # -- channels -----------------------------------------------------------------------------
@@ -278,10 +283,13 @@ class _One:
         last = model.n_layers - 1
         figure, axes = canvas(1, 2, width=PAGE, height=2.5)
         positional_channel.draw(kinds["texts"], axes[0], chosen, last)
+        low, high = axes[0].get_ylim()
+        axes[0].set_ylim(low, high + 0.25 * (high - low))  # room for the legend
+        axes[0].legend(loc="upper right", ncols=2)
         for at, one in enumerate(kinds.values()):
             axes[1].plot(np.sort(one["monotonicity"].values[layers].mean(0))[::-1],
                          label=list(kinds)[at])
-        axes[1].axhline(noise, color=color("control"), linestyle=":")
+        axes[1].axhline(noise, color=color("control"), linestyle=":", label="most monotone of noise")
         axes[1].set_xlabel("channel, by rank")
         axes[1].set_ylabel("monotonicity (mean over layers)")
         axes[1].set_ylim(0, 1.02)
@@ -360,16 +368,19 @@ class _One:
         figure, ax = canvas(1, 1, width=PAGE * 0.6, height=2.4)
         start = found["base"].mean()
         for number, one in enumerate(chosen):
-            ax.plot(factors, (best.isel(channel=number) - start).values, "-o",
-                    label=f"channel {one}")
+            change = {**dict(zip(factors, (best.isel(channel=number) - start).values)), 1.0: 0.0}
+            ax.plot(*zip(*sorted(change.items())), "-o", label=f"channel {one}")
         ax.axvline(1.0, color=color("control"), linewidth=0.6)
         ax.axhline(0.0, color=color("control"), linewidth=0.6)
         ax.plot([factor] * len(random), gain.sel(channel=random).mean("prompt").values, ".",
                 color=color("control"), label="random channels (held out)")
         ax.set_xlabel("factor")
         ax.set_ylabel("change of log p(answer) (nats)")
-        ax.legend()
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, high + 0.3 * (high - low))  # room for the legend
+        ax.legend(loc="upper right", ncols=2)
         ax.set_title(model.name)
+        note(ax, f"means of {half} prompts; a factor of 1 changes nothing")
         out.figure("scaling", figure, of=model.name)
 
     # -- orders -------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ PAPER = Paper(
         "given once or several times.",
         "compression": "MDI and accuracy when a share of the visual tokens is removed: those with "
         "the least [CLS] attention, or random ones.",
-        "masses": "Attention mass between text and image by layer; dotted: change points.",
+        "masses": "Attention mass between text and image by layer; dotted: change points, if any.",
         "exit": "Layer from which no image token is needed, as measured and as the state of the text "
         "predicts it for other pictures.",
     },

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 
 from interp.core import Prompt, PromptError, Result
 from interp.core.prompt import Where
-from interp.figures.style import color, style
+from interp.figures.style import color, note, style
 from interp.models.model import Model
 from interp.stream.per_layer import PerLayer
 from interp.stream.reducers import SegmentMass
@@ -187,6 +187,8 @@ def draw(found: Result, ax: Axes) -> Axes:
         for layers in (split.modeling, split.reasoning):
             if layers and layers[0]:
                 ax.axvline(layers[0] - 0.5, color=color("control"), linestyle=":", linewidth=0.8)
+    else:
+        note(ax, "text to image does not fall and rise again: no change points")
     ax.set_ylim(0, 1)
     ax.set_xlabel("layer")
     ax.set_ylabel("attention (share of the row)")

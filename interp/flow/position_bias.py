@@ -192,10 +192,10 @@ def measure(
 def draw(found: Result, free: Result, ax: Axes) -> Axes:
     """p(answer) of every prompt over the orders of its documents; in gray where order cannot matter."""
     number = np.argsort(found["p"].mean("order").values)
-    for result, hue, label in ((free, color("control"), "order-free reading"),
-                               (found, color("primary"), "as it is")):
+    for result, hue, label, aside in ((free, color("control"), "order-free reading", 0.12),
+                                      (found, color("primary"), "as it is", -0.12)):
         p = result["p"].values[number]
-        x = np.repeat(np.arange(len(p)), p.shape[1])
+        x = np.repeat(np.arange(len(p)) + aside, p.shape[1])
         ax.plot(x, p.ravel(), ".", color=hue, markersize=4, alpha=0.6, label=label)
     ax.set_xlabel("prompt, by mean p")
     ax.set_ylabel("p(answer)")
