@@ -157,7 +157,9 @@ def objects(
         ax.set_xlabel(BLOCK)
         ax.set_xticks(boxes["x"]["layer"].values)
         ax.grid(True, axis="y")
-        ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, fontsize=6)
+        # Handles long enough for dashes and dots to show in them.
+        ax.legend(loc="lower left", bbox_to_anchor=(-0.05, 1.0), ncols=2, fontsize=5.5,
+                  handlelength=3.0, columnspacing=1.0)
     shown = list(pairs.values())
     at = np.arange(len(shown))
     gaps = [[one.value - one.interval[0], one.interval[1] - one.value] for one in shown]
