@@ -52,7 +52,7 @@ def signals(found: Result, top: Sequence[Head], title: str) -> Figure:
                     ha="right" if near > x else "left", textcoords="offset points", fontsize=7)
     ax.set_xlabel("memorized answer, change (logits)")
     ax.set_ylabel("stated answer, change (logits)")
-    ax.margins(0.15)
+    ax.margins(0.2)
     ax.set_title(title)
     note(ax, "red: memory heads, blue: context heads, gray: the others")
     return figure

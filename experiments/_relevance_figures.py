@@ -88,7 +88,7 @@ class Figures:
                     "layer": np.arange(self.model.n_layers)})
                 if kind == "uniform":
                     # Equal for all tokens, it has no correlation; `saliency.correlations` says 0.
-                    equal = (values == 0).all("prompt")
+                    equal = (values.fillna(0) == 0).all("prompt") & values.notnull().any("prompt")
                     constant = constant or bool(equal.any())
                     values = values.where(~equal)
                 values = values.dropna("layer", how="all").dropna("prompt")
