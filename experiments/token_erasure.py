@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 
 from experiments import _lexical_items
 from experiments._output import Output
@@ -309,21 +311,21 @@ class TokenErasure(Subject):
         prompt = self.texts.prompts[d]
         tokens = list(prompt.tokens)[begin: begin + longest]
         scores = np.full(len(tokens), np.nan)
-        mark = {}
-        for p, q, value in taken:
-            if q > p and q < len(tokens):
-                scores[p: q + 1] = np.clip(value, 0, 1)
-                mark.update({t + begin: "primary" for t in range(p, q + 1)})
-        gold = {t for p, q in self.texts.items[d] for t in range(p, q + 1)}
-        roles = {t: "needle" if t in gold else "other" for t in mark}
-        figure, ax = canvas(width=PAGE, height=0.25 + token_strip.height(tokens, PAGE))
+        shown = [(p, q, value) for p, q, value in taken if p < q < len(tokens)]
+        for p, q, value in shown:
+            scores[p: q + 1] = np.clip(value, 0, 1)
+        gold = {t - begin for p, q in self.texts.items[d] for t in range(p, q + 1)}
+        figure, ax = canvas(width=PAGE, height=0.35 + token_strip.height(tokens, PAGE))
         token_strip.draw(ax, tokens, scores, label="erasure score", limits=(0.0, 1.0), first=begin,
-                         mark=roles, collapse=len(tokens) + 1)
-        legend = ax.get_legend()
-        if legend is not None:
-            names = {"needle": "accepted, part of an item", "other": "accepted, not part of one"}
-            for text in legend.get_texts():
-                text.set_text(names[text.get_text()])
+                         collapse=len(tokens) + 1)
+        hues = {True: color("needle"), False: color("other")}
+        for p, q, _ in shown:
+            _outline(ax, range(p + begin, q + 1 + begin), hues[bool(gold & set(range(p, q + 1)))])
+        ax.legend(handles=[Patch(fill=False, edgecolor=hues[on], linewidth=1.6, label=label)
+                           for on, label in ((True, "accepted span, on an item"),
+                                             (False, "accepted span, on none"))],
+                  loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, borderaxespad=0.1)
+        ax.set_title(self.model.name, loc="right")
         return figure
 
     def _scores(self) -> Figure:
@@ -336,8 +338,20 @@ class TokenErasure(Subject):
         ax.set_xlabel("erasure score $\\psi$")
         ax.set_ylabel("share of spans")
         ax.set_title(self.model.name)
-        ax.legend()
+        ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0, fontsize=6)
         return figure
+
+
+def _outline(ax: Axes, tokens: range, hue: str) -> None:
+    """One frame around the boxes of a span on a token strip, one per line where it is broken."""
+    boxes = [patch for patch in ax.patches if patch.get_gid() in {f"token {t}" for t in tokens}]
+    lines: dict[float, list[Any]] = {}
+    for box in boxes:
+        lines.setdefault(box.get_y(), []).append(box)
+    for y, parts in lines.items():
+        x = parts[0].get_x()
+        ax.add_patch(Rectangle((x, y), parts[-1].get_x() + parts[-1].get_width() - x,
+                               parts[0].get_height(), fill=False, edgecolor=hue, linewidth=1.6))
 
 
 def _from(spans: list[tuple[int, int]], begin: int) -> list[tuple[int, int]]:
