@@ -13,8 +13,10 @@ from interp.figures.token_strip import readable
 from interp.models.logit_lens import early_logits
 from interp.models.prompting import printable
 
-SHOWN = 24
-"""Tokens of the text in the table and the map."""
+SHOWN = 48
+"""Tokens of the text in the map."""
+WRITTEN = 12
+"""Tokens in the table, few enough to be read."""
 
 
 def draw(one: Any) -> None:
@@ -38,8 +40,8 @@ def _linearity(one: Any) -> None:
     ax.set_xlabel("block")
     ax.set_ylabel("linearity (held-out share of variance)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_title(one.model.name)
-    ax.legend()
+    figure.suptitle(one.model.name)
+    ax.legend(loc="lower left", bbox_to_anchor=(-0.1, 1.0), ncols=2, fontsize=6)
     one.figure("linearity", figure)
 
 
@@ -51,10 +53,11 @@ def _words(one: Any, places: Any) -> list[str]:
 
 
 def _tokens(one: Any) -> None:
-    here = np.flatnonzero(one.document == 0)[: 2 * SHOWN]
+    here = np.flatnonzero(one.document == 0)[:SHOWN]
     values = np.stack([o["error"].values[here] for o in one.lines])
     figure, ax = canvas(1, 1, width=PAGE, height=2.9)
-    heat.draw(ax, values, x="token", y="block", label="left by the map")
+    heat.draw(ax, values, x="token", y="block",
+              label="length left by the map\n(1: root mean square of the states)")
     words = _words(one, one.position[here])
     function = is_function(kinds(one.model, one.prompts[0].ids)[one.position[here]])
     ax.set_xticks(range(len(here)), [w + " ×" * bool(f) for w, f in zip(words, function)],
@@ -78,10 +81,10 @@ def _contextualization(one: Any) -> None:
                 body.set_facecolor(hue)
                 body.set_alpha(0.6)
             parts["cmedians"].set_color(hue)
-    ax.axhline(float(one.prior[known].mean()), color=GRAY, linestyle=":", linewidth=0.8)
-    ax.text(len(names) - 0.12, float(one.prior[known].mean()), "frequencies", color=GRAY, fontsize=6,
-            va="bottom", ha="right")
-    ax.set_xlim(-0.65, len(names) - 0.1)
+    prior = float(one.prior[known].mean())
+    ax.hlines(prior, -0.65, len(names) - 0.45, color=GRAY, linestyle=":", linewidth=0.8)
+    ax.text(len(names) - 0.42, prior, "token\nfrequencies\nalone", color=GRAY, fontsize=6, va="center")
+    ax.set_xlim(-0.65, len(names) + 0.25)
     ax.set_xticks(range(len(names)), names)
     ax.set_ylabel("cost of the tokens before (nats, proxy)")
     ax.set_title(one.model.name)
@@ -107,7 +110,7 @@ def _scatter(one: Any) -> None:
 
 def _lens(one: Any) -> None:
     prompt = one.prompts[0]
-    places = list(one.places[0][:SHOWN])
+    places = list(one.places[0][:WRITTEN])
     try:
         rows = [(logits.softmax(1).max(1)) for _, logits in early_logits(one.model, prompt, places)]
     except ModelRefused as error:
@@ -123,7 +126,7 @@ def _lens(one: Any) -> None:
     if len(rows) <= 40:
         for at, word in enumerate(text):
             row, column = divmod(at, len(places))
-            ax.text(column, row, readable(word, 6), fontsize=3.6, ha="center", va="center",
+            ax.text(column, row, readable(word, 9), fontsize=5.5, ha="center", va="center",
                     color="white" if values[row, column] < 0.6 else "black")
     ax.set_xticks(range(len(places)), _words(one, places), rotation=90, fontsize=6)
     ax.set_title(one.model.name)

@@ -172,7 +172,7 @@ class _One(Subject):
         if self.wants("hubs"):
             self.figure("hubs", figures.hubs(self.model.name, {
                 name: neighbors.occurrences(index, len(read.bank.rows_)) for name, index in (
-                    ("cosine", read.index.reshape(-1, K)), ("csls", self.csls.reshape(-1, K)))},
+                    ("cosine", read.index.reshape(-1, K)), ("CSLS", self.csls.reshape(-1, K)))},
                 len(self.patches) * len(read.layers) * K, self.settings.seed))
 
     def _read(self, model: Model, texts: Sequence[Prompt]) -> Read:

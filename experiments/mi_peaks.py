@@ -277,12 +277,12 @@ class Peaks(Subject):
             steps = np.arange(self.over.sizes["step"])
             low, high = np.nanquantile(self.over["null"].values, (0.05, 0.95), axis=0)
             ax.fill_between(steps, low, high, color=GRAY, alpha=0.3, linewidth=0,
-                            label="solutions permuted")
+                            label="solutions permuted, 5 to 95 %")
             ax.plot(steps, self.over["cka"], "-o", color=color("image"), markersize=3, label="CKA")
             ax.set_xlabel("generated token")
             ax.set_ylabel("CKA with the solution")
-            ax.set_title(f"{self.model.name}, {len(self.traces)} problems")
-            ax.legend()
+            figure.suptitle(f"{self.model.name}, {len(self.traces)} problems")
+            ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2)
             self.figure("items", figure)
         if self.wants("tokens"):
             self._tokens()

@@ -34,12 +34,14 @@ PAPER = Paper(
         "spans": "Span of every head without the first tokens, with the cuts between local, other "
         "and global heads; gray: heads that park their attention on the first tokens.",
         "maps": "Mean attention of the local and of the global heads on the beginning of one text.",
-        "signals": "WAAD, FAI of the receiver and of the global heads (over that of uniform attention), "
-        "and the entropy of the prediction along one text; dots: the top 40 %.",
+        "signals": "WAAD (how far local heads look back, within a window), FAI (attention a token "
+        "receives later) of the receiver and of the global heads, over that of uniform attention, and "
+        "the entropy of the prediction along one text; dots: the top 40 %.",
         "lags": "Share of anchors with a preplan token so many tokens before them; gray: curves "
         "shifted against each other.",
-        "jaccard": "Overlap of greedy continuations with and without one changed token: where FAI is "
-        "highest, lowest, at random, and at other tokens as hard to predict as the anchors.",
+        "jaccard": "Overlap of greedy continuations with and without one changed token: where FAI (the "
+        "attention received later) is highest, lowest, at random, and at other tokens as hard to "
+        "predict as the anchors.",
     },
     models=("reader",),
 )
@@ -213,8 +215,9 @@ def _signals(one: Subject, found: Any, out: Output) -> None:
     if not out.wants("signals"):
         return
     figure, axes = canvas(4, 1, width=PAGE, height=4.6, sharex=True)
-    panels = (("waad", "WAAD\n(tokens)"), ("fai_receiver_lift", "FAI, receiver\n/ uniform"),
-              ("fai_lift", "FAI, global\n/ uniform"), ("entropy", "entropy\n(nats)"))
+    panels = (("waad", "look-back,\nWAAD (tokens)"),
+              ("fai_receiver_lift", "reread, FAI:\nreceiver / uniform"),
+              ("fai_lift", "reread, FAI:\nglobal / uniform"), ("entropy", "entropy\n(nats)"))
     for ax, (name, label) in zip(axes, panels):
         values = _curve(found, name, 0)
         top = np.flatnonzero(peaks(values))
@@ -402,5 +405,5 @@ def _changes(one: Subject, found: Any, settings: Settings, out: Output) -> None:
         ax.set_ylabel("Jaccard index")
         ax.set_ylim(0, 1)
         ax.set_title(f"{one.model.name}: continuations after a changed token")
-        note(ax, "mean over texts, 95 % bootstrap interval")
+        note(ax, "FAI: attention received later; mean over texts, 95 % bootstrap interval")
         out.figure("jaccard", figure, of=one.model.name)

@@ -15,7 +15,7 @@ from experiments._paper import Paper, Settings
 from interp import open_model
 from interp.core import Claim, ModelRefused, Prompt, PromptError, Result, SiteRefused, statistics
 from interp.figures import head_grid
-from interp.figures.style import PAGE, canvas
+from interp.figures.style import GRAY, PAGE, canvas
 from interp.flow import knockout, token_lens
 from interp.models.early_decoding import EarlyDecoder
 from interp.models.model import Model
@@ -187,6 +187,9 @@ class _One:
             for ax, segment in zip(axes[row], shown):
                 if segment not in found["segment"].values:
                     ax.set_axis_off()
+                    if segment in ANSWERS:
+                        ax.text(0.5, 0.5, "not yet given", color=GRAY, fontsize=6, ha="center",
+                                transform=ax.transAxes)
                     continue
                 token_lens.draw(found, ax, segment, value)
                 ax.get_legend().remove()
@@ -205,9 +208,11 @@ class _One:
     def _heads(self, found: Result) -> None:
         heads = found["heads"].mean("prompt")
         figure, axes = canvas(1, 2, width=PAGE, height=2.6, sharey=True)
-        for ax, (segment, target) in zip(axes, (("subject", "answer 3"), ("answer 1", "answer 1"))):
-            values = heads.sel(segment=segment, target=target).transpose("layer", "head").values
-            most = float(abs(values).max()) or 1.0
+        shown = (("subject", "answer 3"), ("answer 1", "answer 1"))
+        maps = [heads.sel(segment=segment, target=target).transpose("layer", "head").values
+                for segment, target in shown]
+        most = max(float(abs(values).max()) for values in maps) or 1.0
+        for ax, (segment, target), values in zip(axes, shown, maps):
             head_grid.draw(ax, values, label="logit", limits=(-most, most), signed=True)
             ax.set_title(f"{segment} to {target}")
         axes[1].set_ylabel("")

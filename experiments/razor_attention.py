@@ -281,7 +281,7 @@ def _protected(model: Any, rows: Rows, found: Result, settings: Settings, out: O
     looks = {"top, with mean token": ("needle", "-"), "top, without": ("needle", "--"),
              "random, with mean token": ("control", "-")}
     for ax, name, label in zip(axes, ("accuracy", "divergence"),
-                               ("needle accuracy", "divergence from whole (nats)")):
+                               ("needle accuracy", "divergence from\nthe whole cache (nats)")):
         for condition, (role, dash) in looks.items():
             y = data[name].sel(condition=condition).mean("prompt")
             # Open rings: where two lines coincide, the lower one shows inside.

@@ -15,7 +15,7 @@ from experiments._output import Output
 from experiments._paper import Paper, Settings, opened
 from interp.core import Claim, Prompt, Result, statistics
 from interp.figures import heat, layer_curve
-from interp.figures.style import PAGE, canvas, color
+from interp.figures.style import COLUMN, PAGE, canvas, color
 from interp.sinks import first_token
 
 PAPER = Paper(
@@ -337,14 +337,15 @@ def _lengths(model: Any, settings: Settings, out: Output) -> None:
     data = xr.Dataset({"rate": (("length", "epsilon"), np.array(rows))},
                       {"length": lengths, "epsilon": list(EPSILONS)})
     out.save(f"lengths-{model.name}", Result(data, model.manifest()))
-    figure, ax = canvas(1, 1)
+    figure, ax = canvas(1, 1, width=COLUMN * 1.2, height=2.5)
     for e in EPSILONS:
         ax.plot(lengths, data["rate"].sel(epsilon=e), marker="o", markersize=3, label=f"{e}")
     ax.set_xscale("log", base=2)
     ax.set_xticks(lengths, [str(n) for n in lengths])
     ax.set_xlabel("prompt length T (tokens)")
     ax.set_ylabel("sink rate of token 0 (%)")
-    ax.legend(title="threshold")
+    ax.set_ylim(0, min(ax.get_ylim()[1], 101))
+    ax.legend(title="threshold", loc="center left", bbox_to_anchor=(1.0, 0.5))
     ax.set_title(model.name)
     out.figure("length", figure, of=model.name)
 
@@ -355,7 +356,7 @@ def _encoder_lengths(model: Any, settings: Settings, out: Output) -> None:
         return
     lengths = [n for n in settings.pick((8, 16, 32, 64, 128), tiny=(8, 16))
                if n <= (model.max_positions or n)]
-    figure, ax = canvas(1, 1)
+    figure, ax = canvas(1, 1, width=COLUMN * 1.2, height=2.5)
     rows = []
     for n in lengths:
         prompts = _text(model, settings.pick(24, tiny=4), n, settings.rng(3, n))
@@ -371,7 +372,7 @@ def _encoder_lengths(model: Any, settings: Settings, out: Output) -> None:
     ax.set_xlabel("text length (tokens)")
     ax.set_ylabel("share of all attention on token 0")
     ax.set_ylim(0, None)
-    ax.legend(ncols=2)
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     ax.set_title(model.name)
     out.figure("length", figure, "Share of all attention that token 0 takes, against text length "
                "(an encoder: every query sees every key).", of=model.name)
@@ -379,15 +380,19 @@ def _encoder_lengths(model: Any, settings: Settings, out: Output) -> None:
 
 def _profile(model: Any, prompts: list[Prompt], out: Output, claim: Any) -> None:
     found = first_token.measure(model, prompts)
-    figure, axes = canvas(1, 4, width=PAGE, height=1.9)
+    figure, axes = canvas(1, 4, width=PAGE, height=2.1)
     panels = (("residual_norm", "residual norm"), ("key_norm", "key norm"),
               ("value_norm", "value norm"))
     for ax, (name, label) in zip(axes, panels):
         norms = found[name].mean("kv_head") if "kv_head" in found[name].dims else found[name]
         layer_curve.draw(ax, {"first token": norms.isel(position=0),
                               "others": norms.isel(position=slice(1, None)).mean("position")},
-                         label=label, legend=ax is axes[0],
+                         label=label, legend=False,
                          roles={"first token": "primary", "others": "control"})
+        if ax is not axes[2]:  # the same note once
+            for text in [t for t in ax.texts if t.get_gid() == "note"]:
+                text.remove()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     heat.draw(axes[3], found["angle"].mean("prompt"), label="cosine to the first key", signed=True)
     figure.suptitle(model.name)
     out.figure("profile", figure, of=model.name)

@@ -132,7 +132,8 @@ def _gammas(model: Any, given: dict[str, tasks.Task], out: Output) -> dict[str, 
     figure, axes = canvas(1, 2, width=PAGE)
     for ax, (kind, result) in zip(axes, found.items()):
         initial_token.draw(result, GAMMAS, ax)
-        ax.set_title(f"{model.name}, {kind}\n{given[kind].what}")
+        task = "questions" if kind == "qa" else kind
+        ax.set_title(f"{model.name}, {task}\n{given[kind].what}")
         out.save(f"gamma-{kind}-{model.name}", result)
     out.figure("gamma", figure, of=model.name)
     for kind, result in found.items():

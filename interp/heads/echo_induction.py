@@ -22,7 +22,7 @@ from torch import Tensor
 
 from interp.core import Head, HeadScores, Prompt, Result
 from interp.core.errors import NumericalError, PromptError
-from interp.figures.style import color
+from interp.figures.style import GRAY, color
 from interp.models.model import Model
 from interp.prompts.repeated import ORDINALS, repeated
 from interp.stream.copies import Copies
@@ -289,8 +289,9 @@ def draw(found: Result, ax: Axes, chosen: Sequence[Head] = ()) -> Axes:
     below = -1.0
     for y, x, (layer, head) in named[-8:]:
         # Names of heads with nearly equal scores are set one above the other.
-        below = max(y, below + 0.05 * reach)
-        ax.annotate(f"L{layer}H{head}", (x, y), (x + 0.03 * reach, below), fontsize=6, va="center")
+        below = max(y, below + 0.06 * reach)
+        ax.annotate(f"L{layer}H{head}", (x, y), (x + 0.12 * reach, below), fontsize=6, va="center",
+                    arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": GRAY, "shrinkB": 0})
     ax.set_xlabel("echo: attention on earlier copies")
     ax.set_ylabel("induction: on the token after them")
     ax.set_xlim(-0.03 * reach, reach)

@@ -184,7 +184,7 @@ def draw(found: Result, gammas: Sequence[SupportsFloat], ax: Axes) -> Axes:
             label="valid answers")
     ax.axvline(1.0, color=color("control"), linewidth=0.6)
     ax.set_xscale("log")
-    shown = [g for g in at if g in (0.1, 0.3, 1.0, 3.0, 10.0)] or at
+    shown = [g for g in at if g in (0.1, 0.3, 1.0, 3.0, 10.0, at[-1])]
     ax.set_xticks(shown, [f"{g:g}" for g in shown])
     ax.minorticks_off()
     ax.set_xlabel("gamma (factor on the first token)")
