@@ -32,8 +32,8 @@ PAPER = Paper(
         "hidden sinks, larger where they are so in more heads and prompts.",
         "counts": "Hidden sinks per head and prompt, per layer, by two rules; with late keys, whose "
         "few queries make false sinks, and without.",
-        "heads": "Change of the answer's log probability when one head is calibrated; outlined: the heads "
-        "chosen for the test.",
+        "heads": "Change of the answer's log probability when one head is calibrated; outlined: the "
+        "heads chosen for the test.",
     },
     models=("reader", "backcopy-1l"),
     long=True,
@@ -173,8 +173,8 @@ def _maps(model: Any, prompts: list, found: Result, out: Output) -> None:
         ax.set_title(f"layer {layer}")
     figure.suptitle(f"{model.name}: mean of heads and prompts")
     figure.colorbar(np.atleast_1d(axes)[-1].images[0], ax=axes, label="attention (share)", extend="max")
-    figure.text(0.5, -0.01, f"▼ hidden sink, larger where in more heads and prompts; n = {len(prompts)} prompts",
-                ha="center", va="top", fontsize=6, color=GRAY)
+    figure.supxlabel(f"▼ hidden sink, larger where in more heads and prompts; n = {len(prompts)}",
+                     fontsize=6, color=GRAY)
     out.figure("maps", figure, of=model.name)
 
 
