@@ -445,8 +445,9 @@ def _knockout_figure(
             low, high = made.interval
             if np.isfinite(low):
                 ax.plot([i + shift] * 2, [low, high], color="black", linewidth=0.9)
-            ax.annotate(f"{round(made.value, 3) + 0.0:.3f}", (i + shift, np.nanmax([high, made.value, 0])), (0, 2),
-                        textcoords="offset points", ha="center", fontsize=6)
+            said, top = round(made.value, 3) + 0.0, np.nanmax([high, made.value, 0])  # no "-0.000"
+            ax.annotate(f"{said:.3f}", (i + shift, top), (0, 2), textcoords="offset points",
+                        ha="center", fontsize=6)
     ax.axhline(0, color="black", linewidth=0.7)
     ax.set_xticks(range(len(drops)), [NAMES[g] for g in drops])
     ax.set_ylabel(f"added {kind} loss (nats)")
