@@ -16,7 +16,7 @@ from experiments import visual_sinks
 from experiments._output import Output
 from experiments._paper import Paper, Settings, opened
 from interp.causal.metrics import AnswerLogProb
-from interp.core import Prompt, PromptError
+from interp.core import Prompt, PromptError, statistics
 from interp.heads import ocr
 from interp.models.model import Model
 from interp.organisms import looker
@@ -159,6 +159,13 @@ def answers(asked: Sequence[Asked]) -> list[list[int]]:
 def prompts(asked: Sequence[Asked]) -> list[Prompt]:
     """The prompt of every question."""
     return [one.prompt for one in asked]
+
+
+def share(right: np.ndarray) -> statistics.Estimate:
+    """Of right answers, with a Wilson interval; where means of several draws are given, bootstrapped."""
+    if np.isin(right, (0, 1)).all():
+        return statistics.rate(int(right.sum()), len(right))
+    return statistics.mean(right, resamples=2000)
 
 
 def chance(asked: Sequence[Asked]) -> float:

@@ -22,7 +22,7 @@ from interp.causal.redistribute import ocr_sink_redistribution
 from interp.causal.sweep import ablation_sweep, difference
 from interp.core import Claim, Head, HeadScores, PromptError, Result, statistics
 from interp.figures import head_grid, heat
-from interp.figures.style import CYCLE, PAGE, canvas, color
+from interp.figures.style import CYCLE, PAGE, canvas, color, note
 from interp.heads import image_centric, ocr, visual
 from interp.models.model import Model
 from interp.stream.per_layer import PerLayer
@@ -37,7 +37,8 @@ PAPER = Paper(
     figures={
         "bins": "Heads by class of score: OCR heads in the row that predicts a token, the same one "
         "row late, and text retrieval heads where the model retrieves from text.",
-        "map": "OCR score of every head (outlined: the ten best), and the score one row late.",
+        "map": "OCR score of every head (outlined: the ten best, if above 0.1), and the score one "
+        "row late.",
         "frequency": "Heads in the order of how often they are activated (line), and their score "
         "(bars).",
         "similarity": "Spearman correlation of the scores of all heads, by kind of head.",
@@ -192,7 +193,7 @@ class _One:
         if retrieval is not None:
             kinds["retrieval heads"] = retrieval
         figure, axes = canvas(1, len(kinds), width=PAGE * len(kinds) / 3, height=2.6, squeeze=False)
-        names = ("0", "0 to .1", ".1 to .3", ".3 to .5", "above .5")
+        names = ("0", "0 to 0.1", "0.1 to 0.3", "0.3 to 0.5", "above 0.5")
         shades = ("#EFEFEF", "#C9C3DE", "#9C90C4", "#6A57A5", "#3B2A7A")
         for ax, (name, one) in zip(axes[0], kinds.items()):
             sizes = ocr.in_bins(one["score"].where(one["eligible"].astype(bool)))
@@ -210,8 +211,9 @@ class _One:
         for ax, (row, name) in zip(axes, (("predicting", "row that predicts the token"),
                                           ("own", "row of the token"))):
             scores = ocr.head_scores(found[row])
+            best = [h for h in scores.top(10) if float(scores.scores[h.layer, h.head]) > 0.1]
             head_grid.draw(ax, scores, label="OCR score" if row == "own" else "", limits=(0, 1),
-                           mark=scores.top(10) if row == "predicting" else (), bar=row == "own")
+                           mark=best if row == "predicting" else (), bar=row == "own")
             ax.set_title(name)
         axes[1].set_ylabel("")
         figure.suptitle(self.model.name)
@@ -457,15 +459,18 @@ class _One:
                 at = one["count"].values
                 for condition, line in (("top", "-"), ("random", "--")):
                     values = one["accuracy"].sel(condition=condition).mean("seed")
-                    error = 1.96 * values.std("prompt") / np.sqrt(values.sizes["prompt"])
+                    found = [questions.share(row) for row in values.transpose("count", "prompt").values]
+                    mean = np.array([share.value for share in found])
+                    error = np.abs(np.transpose([share.interval for share in found]) - mean)
                     shown = kind if condition == "top" else f"random, like {kind}"
-                    ax.errorbar(at, values.mean("prompt"), error, fmt=line, marker="o", capsize=2,
+                    ax.errorbar(at, mean, error, fmt=line, marker="o", capsize=2,
                                 color=hue if condition == "top" else color("control"),
                                 alpha=1.0 if condition == "top" else 0.5 + 0.4 * number,
                                 label=shown, zorder=3 if condition == "top" else 2)
             ax.set_xticks(at)
             ax.set_xlabel("heads removed")
             ax.set_title(f"{task} questions")
+            note(ax, f"95 % intervals: Wilson (random heads: bootstrap), n = {values.sizes['prompt']}")
         axes[0].set_ylabel("accuracy")
         axes[0].set_ylim(0, 1.03)
         axes[1].legend(loc="lower left")
@@ -526,6 +531,7 @@ class _One:
         ax.set_ylabel("change of F1")
         ax.legend()
         ax.set_title(model.name)
+        note(ax, f"mean ± 1.96 standard errors, n = {len(base)}")
         self.out.figure("redistribution", figure, of=model.name)
         control = "two random heads, all keys"
         self.claim("sink", statistics.difference(change["all keys", 0.4], change[control, 0.4]),

@@ -30,7 +30,7 @@ PAPER = Paper(
     ("2412.18108",),
     "Which heads look at the image, in which layers, and what is lost without them?",
     figures={
-        "map": "Score W C of every head in the row that predicts the first answer token, per kind "
+        "map": "Score W × C of every head in the row that predicts the first answer token, per kind "
         "of question (outlined: the ten best).",
         "plane": "Attention on the image against its concentration, one point per head; where "
         "there are sinks, with and without them.",
@@ -203,7 +203,7 @@ class _One:
             ax.set_title(f"{kind} questions")
             if kind != kinds[0]:
                 ax.set_ylabel("")
-        axes[-1].images[0].colorbar.set_label("W C, lowest to highest")
+        axes[-1].images[0].colorbar.set_label("W × C, scaled 0–1 per panel")
         figure.suptitle(self.model.name)
         self.out.figure("map", figure, of=self.model.name)
 
@@ -227,6 +227,10 @@ class _One:
                 curves["without sinks"] = found[f"{name}_nonsink"].mean("head")
                 roles["without sinks"] = "visual"
             layer_curve.draw(ax, curves, label=label, roles=roles)
+            if len(curves) > 1:
+                low, high = ax.get_ylim()
+                ax.set_ylim(low, high + 0.3 * (high - low))  # room for the legend
+                ax.legend(loc="upper left", ncols=2)
         for edge in visual.stages(self.model.n_layers)[1:]:
             for ax in axes:
                 ax.axvline(edge.start - 0.5, color="black", linewidth=0.6, linestyle=":")
@@ -417,7 +421,7 @@ class _One:
         if not self.out.wants("stages"):
             return
         model = self.model
-        figure, axes = canvas(1, 3, width=PAGE, height=2.1, sharey=True)
+        figure, axes = canvas(1, 3, width=PAGE, height=2.3, sharey=True)
         names = ("early", "middle", "late")
         for number, (ax, name, layers) in enumerate(zip(axes, names, visual.stages(model.n_layers))):
             ranked = [h for h in scores.top(model.n_layers * model.n_heads) if h.layer in layers]
@@ -432,8 +436,9 @@ class _One:
             for condition, role, shown in (("top", "visual", "best heads"),
                                            ("random", "control", "random heads")):
                 values = swept["accuracy"].sel(condition=condition).mean("seed")
-                mean, n = values.mean("prompt").values, values.sizes["prompt"]
-                error = 1.96 * values.std("prompt").values / np.sqrt(n)
+                found = [questions.share(row) for row in values.transpose("count", "prompt").values]
+                mean = np.array([share.value for share in found])
+                error = np.abs(np.transpose([share.interval for share in found]) - mean)
                 ax.errorbar(at, mean, error, color=color(role), label=shown, marker="o", capsize=2)
             ax.set_xlabel("heads removed")
             ax.set_xticks(at)
@@ -441,6 +446,8 @@ class _One:
             if number == 0:
                 ax.set_ylabel("accuracy")
                 ax.legend()
+        figure.supxlabel(f"95 % intervals: Wilson (random heads: bootstrap), n = {len(prompts)}",
+                         fontsize=6, color=color("control"))
         figure.suptitle(model.name)
         self.out.figure("stages", figure, of=model.name)
 

@@ -378,10 +378,15 @@ def draw_plane(found: Result, ax: Axes, suffix: str = "", mark: int = 5) -> Axes
     depth = np.broadcast_to(found["layer"].values[:, None], x.shape)
     dots = ax.scatter(x.values.ravel(), y.values.ravel(), c=depth.ravel(), s=14, linewidths=0)
     ax.figure.colorbar(dots, ax=ax, label="layer", pad=0.02)
-    for head in head_scores(found, f"samples{suffix}").top(mark):
-        one = {"layer": head.layer, "head": head.head}
-        ax.annotate(str(head), (float(x.sel(one)), float(y.sel(one))), fontsize=6,
-                    xytext=(3, 2), textcoords="offset points", color=color("visual"))
+    places = {str(head): tuple(float(v.sel(layer=head.layer, head=head.head)) for v in (x, y))
+              for head in head_scores(found, f"samples{suffix}").top(mark)}
+    # In a column beside the dots, from the highest down: labels of near heads stay apart.
+    for i, (name, place) in enumerate(sorted(places.items(), key=lambda item: -item[1][1])):
+        ax.annotate(name, place, fontsize=6, xytext=(1.14, 0.96 - 0.1 * i), va="center",
+                    textcoords=("data", "axes fraction"), color=color("visual"),
+                    arrowprops={"arrowstyle": "-", "color": color("visual"), "linewidth": 0.4})
+    ax.set_xlim(-0.06, 1.4)
+    ax.set_xticks(np.linspace(0, 1, 6))
     ax.set_xlabel("attention on the image, W")
     ax.set_ylabel("concentration, C")
     return ax
