@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import xarray as xr
+from matplotlib.ticker import MaxNLocator
 
 from experiments import _sink_subjects as subjects
 from experiments._output import Output
@@ -31,7 +32,7 @@ PAPER = Paper(
     "Which tokens after the first become sinks part-way through the network, and what makes them?",
     figures={
         "norms": "Norms of keys, values and the residual stream for the primary sink, the "
-        "secondary sinks and all other tokens. Norm cannot tell a secondary sink; direction can.",
+        "secondary sinks (found by direction, not by norm) and all other tokens.",
         "levels": "Sink levels: where sinks are created and how many layers they last.",
         "strength": "Attention received from later queries, by kind of token: does the primary "
         "weaken where the secondary sinks appear?",
@@ -460,6 +461,9 @@ def _strength(
         secondary.draw(found, ax, quantity)
         ax.axvline(mode, color=color("control"), linewidth=0.8, linestyle=":")
     axes[0].get_legend().remove()
+    axes[1].set_ylim(top=1.6)  # room for the legend
+    axes[1].set_yticks(np.linspace(0, 1, 6))
+    axes[1].legend(loc="upper center", ncols=2)
     axes[0].set_title(f"{one.name}: creation layer {mode} dotted")
     out.figure("strength", figure, of=one.name)
 
@@ -598,7 +602,12 @@ def _relation(
         outcome = table.loc[where, column].to_numpy(float)
         known = np.isfinite(outcome)
         x, y = norm[known], outcome[known]
-        ax.plot(x, y, "o", color=color("secondary"), markersize=3, alpha=0.6)
+        # Lifetimes are whole numbers and writes of one height: beside each other, not on one dot.
+        aside = np.random.default_rng(0).uniform(-0.3, 0.3, len(y)) if column == "lifetime" else 0
+        ax.plot(x, y + aside, "o", color=color("secondary"), markersize=3, alpha=0.6)
+        if column == "lifetime":
+            ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+            note(ax, "spread by up to 0.3 layers")
         ax.set(xlabel="norm of the MLP write", ylabel=label)
         relation = mlp_directions.norm_relation(x, y)
         if relation.reason:

@@ -299,6 +299,8 @@ def draw(found: Result, ax: Axes) -> Axes:
         ax, {**ranks, "median": found["median"]}, label="|activation| leaving the block", log=True,
         roles={**dict.fromkeys(ranks, "primary"), "median": "control"},
     )
+    for line, mark in zip(ax.lines[: len(ranks)], ("v", "x", "+")):
+        line.set_marker(mark if line.get_marker() == "o" else "")  # as dashes vanish behind dots
     low, high = ax.get_ylim()
     ax.set_ylim(low, high * (high / low) ** 0.25)  # room for the legend
     ax.legend(ncols=2, loc="upper right")
