@@ -365,7 +365,7 @@ def draw(found: Result, ax: Axes, by: str = "samples") -> Axes:
     values = scores.scores if scores.eligible is None else scores.scores.where(scores.eligible)
     low, high = float(values.min()), float(values.max())
     span = high - low if high > low else 1.0
-    return head_grid.draw(ax, (values - low) / span, label="W C, 0 lowest to 1 highest",
+    return head_grid.draw(ax, (values - low) / span, label="W × C, 0 lowest to 1 highest",
                           eligible=scores.eligible, hatched="cannot see the whole image")
 
 
@@ -378,11 +378,13 @@ def draw_plane(found: Result, ax: Axes, suffix: str = "", mark: int = 5) -> Axes
     depth = np.broadcast_to(found["layer"].values[:, None], x.shape)
     dots = ax.scatter(x.values.ravel(), y.values.ravel(), c=depth.ravel(), s=14, linewidths=0)
     ax.figure.colorbar(dots, ax=ax, label="layer", pad=0.02)
-    places = {str(head): tuple(float(v.sel(layer=head.layer, head=head.head)) for v in (x, y))
+    places = {str(head): (float(x.sel(layer=head.layer, head=head.head)),
+                          float(y.sel(layer=head.layer, head=head.head)))
               for head in head_scores(found, f"samples{suffix}").top(mark)}
     # In a column beside the dots, from the highest down: labels of near heads stay apart.
+    step = min(0.1, 0.92 / max(1, len(places)))
     for i, (name, place) in enumerate(sorted(places.items(), key=lambda item: -item[1][1])):
-        ax.annotate(name, place, fontsize=6, xytext=(1.14, 0.96 - 0.1 * i), va="center",
+        ax.annotate(name, place, fontsize=6, xytext=(1.14, 0.96 - step * i), va="center",
                     textcoords=("data", "axes fraction"), color=color("visual"),
                     arrowprops={"arrowstyle": "-", "color": color("visual"), "linewidth": 0.4})
     ax.set_xlim(-0.06, 1.4)
