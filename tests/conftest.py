@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Threads of several processes on few cores wait for each other: kernels of notebooks, workers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import functools
 import inspect
